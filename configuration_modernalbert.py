@@ -1,0 +1,356 @@
+# Copyright 2026 The ModernALBERT contributors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Configuration of ModernALBERT: the fields, the presets, the parameter count, and every rule between fields."""
+
+import copy
+import difflib
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+
+# Hub repositories and saved folders name their classes here, so that every head of every checkpoint loads with
+# `trust_remote_code=True`. Each value is `file.Class`; the files lie beside `config.json`.
+AUTO_MAP = {
+    "AutoConfig": "configuration_modernalbert.ModernAlbertConfig",
+    "AutoModel": "modeling_modernalbert.ModernAlbertModel",
+    "AutoModelForMaskedLM": "modeling_modernalbert.ModernAlbertForMaskedLM",
+    "AutoModelForSequenceClassification": "modeling_modernalbert.ModernAlbertForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_modernalbert.ModernAlbertForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_modernalbert.ModernAlbertForQuestionAnswering",
+    "AutoModelForMultipleChoice": "modeling_modernalbert.ModernAlbertForMultipleChoice",
+}
+
+_LARGE_WIDTHS = {"hidden_size": 1024, "intermediate_size": 2624, "num_attention_heads": 16}
+
+# `tiny` follows the published work-in-progress configuration of that size, with the paper's top-2 of 8 experts. The
+# paper's text does not give the shapes of the other three: they are reconstructed from their published parameter
+# counts (docs of `ModernAlbertConfig.preset`). `nano` is ours, for demos, tests and studies on a CPU.
+PRESETS = {
+    "nano": {
+        "vocab_size": 8192,
+        "hidden_size": 256,
+        "intermediate_size": 384,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 6,
+        "num_hidden_groups": 3,
+        "mol_groups": [1, 2],
+        "mol_intermediate_size": 768,
+        "max_position_embeddings": 1024,
+        "pad_token_id": 3,
+        "bos_token_id": 1,
+        "cls_token_id": 1,
+        "eos_token_id": 2,
+        "sep_token_id": 2,
+    },
+    "tiny": {},
+    "medium": {
+        **_LARGE_WIDTHS,
+        "num_hidden_layers": 12,
+        "num_hidden_groups": 4,
+        "mol_groups": [2, 3],
+        "mol_intermediate_size": 2624,
+    },
+    "base": {
+        **_LARGE_WIDTHS,
+        "num_hidden_layers": 24,
+        "num_hidden_groups": 4,
+        "mol_groups": [2, 3],
+        "mol_intermediate_size": 5248,
+    },
+    "large": {
+        **_LARGE_WIDTHS,
+        "num_hidden_layers": 48,
+        "num_hidden_groups": 6,
+        "mol_groups": [2, 3, 4, 5],
+        "mol_intermediate_size": 5248,
+    },
+}
+
+
+@strict
+class ModernAlbertConfig(PreTrainedConfig):
+    r"""
+    Configuration of a ModernALBERT encoder. The defaults are the `tiny` preset (51M parameters); other sizes come
+    from [`ModernAlbertConfig.preset`]. Fields that are not listed are transformers' own.
+
+    Args:
+        vocab_size (`int`): Rows of the embedding table; ModernBERT's tokenizer, padded to a multiple of 64.
+        embedding_size (`int`): Width E of the factorised embedding, V x E then E x H (ALBERT).
+        hidden_size (`int`): Width H of the residual stream.
+        intermediate_size (`int`): Width of the feed-forward layers outside `mol_groups`.
+        num_hidden_layers (`int`): Layers that are **executed**.
+        num_hidden_groups (`int`): Blocks that own weights. Layer `i` runs block
+            `i // (num_hidden_layers // num_hidden_groups)`: contiguous sharing, AAABBB. Equal to `num_hidden_layers`,
+            nothing is shared.
+        mol_groups (`list[int]`): Groups, from 0, whose feed-forward layer is a Mixture of LoRAs. Default: the last
+            two (the only one where there is one).
+        mol_intermediate_size (`int`): Feed-forward width in `mol_groups`; wider than `intermediate_size` in the
+            published tiny configuration. Default: `intermediate_size`.
+        num_experts (`int`): LoRA experts of a MoL group. 1: a single adapter without router (experts merged); 0: a
+            plain feed-forward layer (experts merged and folded into it).
+        num_experts_per_tok (`int`): Experts that a token chooses.
+        norm_topk_prob (`bool`): Whether the weights of the chosen experts are divided by their sum. If not, the mass
+            of the others goes to the shared feed-forward layer alone. Our choice: the paper does not state it.
+        expert_rank (`int`): Rank r of every expert, on both projections.
+        expert_alpha (`float`): LoRA alpha; an expert's correction is scaled by `expert_alpha / expert_rank`.
+        router_aux_loss_coef (`float`): Weight of the load-balancing loss in training. The published configurations
+            have 0.1 and 0.2, for a formula that they do not state; 0.01 is Switch Transformer's, for its own.
+        router_jitter_noise (`float`): In training the router's input is multiplied by uniform noise in `1 ± this`.
+        output_router_logits (`bool`): Whether outputs contain the router logits of every executed MoL layer.
+        hidden_activation (`str`): Activation of the gate; `"gelu"` makes GeGLU.
+        norm_eps (`float`): Epsilon of the layer norms, which have no bias.
+        layer_types (`list[str]`): `"full_attention"` or `"sliding_attention"` for each executed layer. Default: full.
+        local_attention (`int`): Window of sliding layers: a token sees `local_attention // 2` tokens on each side,
+            and itself.
+        rope_parameters (`dict`): RoPE settings for each layer type. Default: ModernBERT's thetas, 160000 for full
+            and 10000 for sliding layers (the paper states none).
+        embedding_dropout, attention_dropout, mlp_dropout, classifier_dropout (`float`): Dropout after the embedding,
+            in the attention (weights and output), after the feed-forward layer, before the classifier. ModernBERT's
+            names; 0 because dropout hurts shared-weight encoders at scale (ALBERT, section 4.7).
+        classifier_pooling (`str`): `"cls"` (first token that is not padding) or `"mean"` (over those tokens).
+        classifier_activation (`str`): Activation in the prediction heads.
+        decoder_bias (`bool`): Whether the masked-LM decoder, tied to the embedding table, has a bias.
+        sparse_prediction (`bool`): Whether, when labels are given, the masked-LM head runs only where a label is not
+            -100; `logits` is then `[labelled tokens, vocab_size]`. Saves most of the head's time and memory.
+
+    Raises:
+        StrictDataclassFieldValidationError: A field has the wrong type.
+        StrictDataclassClassValidationError: Fields contradict each other; the message names the cure.
+        ValueError: An unknown field resembles a known one.
+    """
+
+    model_type = "modernalbert"
+    keys_to_ignore_at_inference = ["hidden_states", "attentions", "aux_loss", "router_logits"]
+    default_theta = {"full_attention": 160_000.0, "sliding_attention": 10_000.0}
+
+    # Shape
+    vocab_size: int = 50368
+    embedding_size: int = 128
+    hidden_size: int = 768
+    intermediate_size: int = 1152
+    num_attention_heads: int = 12
+    hidden_activation: str = "gelu"
+    norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+
+    # Recursion
+    num_hidden_layers: int = 14
+    num_hidden_groups: int = 7
+
+    # Mixture of LoRAs
+    mol_groups: list[int] | None = None
+    mol_intermediate_size: int | None = 2624
+    num_experts: int = 8
+    num_experts_per_tok: int = 2
+    norm_topk_prob: bool = True
+    expert_rank: int = 16
+    expert_alpha: float | int = 32
+    router_aux_loss_coef: float | int = 0.01
+    router_jitter_noise: float | int = 0.01
+    output_router_logits: bool = False
+
+    # Attention
+    max_position_embeddings: int = 8192
+    layer_types: list[str] | None = None
+    local_attention: int = 128
+    rope_parameters: dict | None = None
+
+    # Dropout
+    embedding_dropout: float | int = 0.0
+    attention_dropout: float | int = 0.0
+    mlp_dropout: float | int = 0.0
+
+    # Heads
+    classifier_pooling: Literal["cls", "mean"] = "cls"
+    classifier_dropout: float | int = 0.0
+    classifier_activation: str = "gelu"
+    decoder_bias: bool = True
+    sparse_prediction: bool = False
+    tie_word_embeddings: bool = True
+
+    # Tokens: ModernBERT's ids
+    pad_token_id: int | None = 50283
+    bos_token_id: int | None = 50281
+    eos_token_id: int | list[int] | None = 50282
+    cls_token_id: int | None = 50281
+    sep_token_id: int | None = 50282
+
+    auto_map: dict | None = None
+
+    @classmethod
+    def preset(cls, name: str, **overrides) -> "ModernAlbertConfig":
+        """Configuration of a named size: `nano` (4M), `tiny` (51M), `medium` (58M), `base` (76M), `large` (122M).
+
+        `tiny` is the published work-in-progress configuration, with 8 experts of which a token takes 2. `medium`,
+        `base` and `large` are reconstructions: of the paper's models of 55M, 75M and 120M parameters only widths,
+        layer counts and the places of the MoL groups are known, and these shapes fit them. `nano` is not the paper's.
+
+        Args:
+            name: One of the five sizes.
+            **overrides: Any field.
+
+        Raises:
+            ValueError: The name is unknown.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"there is no preset {name!r}; the presets are {', '.join(PRESETS)}")
+        return cls(**{**copy.deepcopy(PRESETS[name]), **overrides})
+
+    def __post_init__(self, **kwargs):
+        self._reject_misspelt_fields(kwargs)
+        if self.mol_groups is None:
+            self.mol_groups = list(range(max(self.num_hidden_groups - 2, 0), self.num_hidden_groups))
+        if self.mol_intermediate_size is None:
+            self.mol_intermediate_size = self.intermediate_size
+        if self.layer_types is None:
+            self.layer_types = ["full_attention"] * self.num_hidden_layers
+        if self.auto_map is None:
+            self.auto_map = dict(AUTO_MAP)
+        super().__post_init__(**kwargs)
+
+    def _reject_misspelt_fields(self, kwargs: dict) -> None:
+        # transformers keeps unknown keys as attributes, so a typo would pass and the default would run.
+        for key in kwargs:
+            if not key.startswith("_") and not hasattr(type(self), key):
+                near = difflib.get_close_matches(key, self.__dataclass_fields__, n=1, cutoff=0.85)
+                if near:
+                    raise ValueError(f"ModernAlbertConfig has no field `{key}`; did you mean `{near[0]}`?")
+
+    def convert_rope_params_to_dict(self, **kwargs):
+        given = copy.deepcopy(self.rope_parameters) or {}
+        if "rope_type" in given or "rope_theta" in given:  # one setting for every layer type
+            given = {layer_type: dict(given) for layer_type in self.default_theta}
+        self.rope_parameters = {
+            layer_type: {"rope_type": "default", "rope_theta": theta, **given.get(layer_type, {})}
+            for layer_type, theta in self.default_theta.items()
+        }
+        self.standardize_rope_params()
+        return kwargs
+
+    @property
+    def layers_per_group(self) -> int:
+        """How many times in a row a block runs."""
+        return self.num_hidden_layers // self.num_hidden_groups
+
+    @property
+    def has_router(self) -> bool:
+        """Whether the model routes tokens: it has MoL groups with more than one expert."""
+        return self.num_experts > 1 and len(self.mol_groups) > 0
+
+    @property
+    def sliding_window(self) -> int:
+        """Tokens seen on each side in sliding layers, transformers' meaning of the name for encoders."""
+        return self.local_attention // 2
+
+    @sliding_window.setter
+    def sliding_window(self, value: int):
+        self.local_attention = 2 * value
+
+    def num_parameters(self) -> int:
+        """Parameters of `ModernAlbertForMaskedLM` with tied embeddings, without building it."""
+        hidden, embedding, rank = self.hidden_size, self.embedding_size, self.expert_rank
+        embeddings = self.vocab_size * embedding + embedding + embedding * hidden
+        groups = 0
+        for group in range(self.num_hidden_groups):
+            width = self.mol_intermediate_size if group in self.mol_groups else self.intermediate_size
+            groups += 4 * hidden**2 + 3 * hidden * width + 2 * hidden
+            if group in self.mol_groups:
+                groups += self.num_experts * rank * (2 * hidden + 3 * width)
+                groups += self.num_experts * hidden if self.num_experts > 1 else 0  # router
+        head = hidden * embedding + embedding + (self.vocab_size if self.decoder_bias else 0)
+        decoder = 0 if self.tie_word_embeddings else self.vocab_size * embedding
+        return embeddings + groups + hidden + head + decoder
+
+    def validate_sizes(self):
+        """Counts and widths are positive, fractions lie in their range, tokens in the vocabulary."""
+        for name in (
+            *("vocab_size", "embedding_size", "hidden_size", "intermediate_size", "num_attention_heads"),
+            *("num_hidden_layers", "num_hidden_groups", "mol_intermediate_size", "max_position_embeddings"),
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` ({getattr(self, name)}) must be at least 1")
+        for name in ("embedding_dropout", "attention_dropout", "mlp_dropout", "classifier_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` ({getattr(self, name)}) must be in [0, 1)")
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(
+                f"`pad_token_id` ({self.pad_token_id}) must be below `vocab_size` ({self.vocab_size}); pass the "
+                "`pad_token_id` of your tokenizer, or None"
+            )
+
+    def validate_recursion(self):
+        """The executed layers divide into the groups."""
+        if self.num_hidden_layers % self.num_hidden_groups:
+            raise ValueError(
+                f"`num_hidden_layers` ({self.num_hidden_layers}) must be a multiple of `num_hidden_groups` "
+                f"({self.num_hidden_groups}), since every group runs equally often; change one of them"
+            )
+
+    def validate_attention(self):
+        """Heads split the width evenly, RoPE rotates pairs, and layers are of a type that an encoder has."""
+        if self.hidden_size % self.num_attention_heads or (self.hidden_size // self.num_attention_heads) % 2:
+            raise ValueError(
+                f"`hidden_size` ({self.hidden_size}) must be `num_attention_heads` ({self.num_attention_heads}) times "
+                "an even number, since RoPE rotates pairs of features; change one of them"
+            )
+        unknown = set(self.layer_types) - set(self.default_theta)
+        if unknown:
+            raise ValueError(f"`layer_types` contains {sorted(unknown)}; the types are {sorted(self.default_theta)}")
+        if self.local_attention < 2 or self.local_attention % 2:
+            raise ValueError(f"`local_attention` ({self.local_attention}) must be even and at least 2")
+
+    def validate_activations(self):
+        """The activations exist."""
+        from transformers.activations import ACT2FN
+
+        for name in ("hidden_activation", "classifier_activation"):
+            if getattr(self, name) not in ACT2FN:
+                raise ValueError(f"`{name}` ({getattr(self, name)!r}) is not an activation; use one of {list(ACT2FN)}")
+
+    def validate_experts(self):
+        """Experts sit in groups that exist, and a token can choose as many as it is asked to."""
+        if len(set(self.mol_groups)) != len(self.mol_groups) or not set(self.mol_groups) <= set(
+            range(self.num_hidden_groups)
+        ):
+            raise ValueError(
+                f"`mol_groups` ({self.mol_groups}) must be different numbers from 0 to {self.num_hidden_groups - 1}, "
+                f"since there are {self.num_hidden_groups} groups; change it or `num_hidden_groups`"
+            )
+        if self.num_experts < 0:
+            raise ValueError(f"`num_experts` ({self.num_experts}) must be at least 0")
+        narrowest = min(self.hidden_size, self.mol_intermediate_size)
+        if self.num_experts and not 1 <= self.expert_rank <= narrowest:
+            raise ValueError(
+                f"`expert_rank` ({self.expert_rank}) must be from 1 to {narrowest}, the narrowest side of the "
+                "projections that it corrects"
+            )
+        if self.num_experts > 1 and not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(
+                f"`num_experts_per_tok` ({self.num_experts_per_tok}) must be from 1 to `num_experts` "
+                f"({self.num_experts}); change one of them"
+            )
+        if self.num_experts > 1 and self.num_experts_per_tok == 1 and self.norm_topk_prob:
+            raise ValueError(
+                "`num_experts_per_tok` (1) with `norm_topk_prob` (True) makes every weight 1, so the router would get "
+                "no gradient; set `norm_topk_prob=False` or choose at least 2 experts"
+            )
+        if not 0 <= self.router_jitter_noise < 1:
+            raise ValueError(f"`router_jitter_noise` ({self.router_jitter_noise}) must be in [0, 1)")
+        if self.router_aux_loss_coef < 0:
+            raise ValueError(f"`router_aux_loss_coef` ({self.router_aux_loss_coef}) must be at least 0")
+
+
+__all__ = ["ModernAlbertConfig"]

@@ -1,0 +1,1300 @@
+# Copyright 2026 The ModernALBERT contributors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Configuration of ModernALBERT: the fields, the presets, the parameter count, and every rule between fields."""
+
+"""ModernALBERT, top to bottom in the order data flows.
+
+Padding is removed once before the first layer and put back once after the last, so that every projection, norm and
+feed-forward layer runs on real tokens only. Shapes in comments: `batch, seq` as the caller gave them; `tokens` are the
+real tokens of the batch, one text after the other. Inside the encoder hidden states are `[1, tokens, hidden]`, or
+`[batch, seq, hidden]` where there is no padding to remove or a graph is being traced.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    MaskedLMOutput,
+    ModelOutput,
+    MultipleChoiceModelOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, auto_docstring
+from transformers.utils.generic import can_return_tuple, is_flash_attention_requested, merge_with_config_defaults
+from transformers.utils.import_utils import is_tracing
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_modernalbert import ModernAlbertConfig
+from .merging_modernalbert import merge_experts
+
+
+try:  # torch's own variable-length FlashAttention
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:
+    varlen_attn = None
+
+
+@dataclass
+class RoutingOutput(ModelOutput):
+    """What routing adds to an output.
+
+    Args:
+        aux_loss (`torch.FloatTensor` of shape `()`):
+            Load-balancing loss before its coefficient, where router logits were asked for or take part in the loss.
+        router_logits (`tuple[torch.FloatTensor, ...]`):
+            With `output_router_logits=True`, for every executed MoL layer `[batch, seq, num_experts]`, 0 at padding.
+    """
+
+    aux_loss: torch.FloatTensor | None = None
+    router_logits: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+@auto_docstring(custom_intro="Output of the encoder; hidden states are 0 at padding.")
+class ModernAlbertModelOutput(RoutingOutput, BaseModelOutput):
+    pass
+
+
+@dataclass
+@auto_docstring(custom_intro="Output of the masked language model.")
+class ModernAlbertMaskedLMOutput(RoutingOutput, MaskedLMOutput):
+    pass
+
+
+@dataclass
+@auto_docstring(custom_intro="Output of the sequence classifier.")
+class ModernAlbertSequenceClassifierOutput(RoutingOutput, SequenceClassifierOutput):
+    pass
+
+
+@dataclass
+@auto_docstring(custom_intro="Output of the token classifier.")
+class ModernAlbertTokenClassifierOutput(RoutingOutput, TokenClassifierOutput):
+    pass
+
+
+@dataclass
+@auto_docstring(custom_intro="Output of the extractive question answerer.")
+class ModernAlbertQuestionAnsweringOutput(RoutingOutput, QuestionAnsweringModelOutput):
+    pass
+
+
+@dataclass
+@auto_docstring(custom_intro="Output of the multiple-choice model.")
+class ModernAlbertMultipleChoiceOutput(RoutingOutput, MultipleChoiceModelOutput):
+    pass
+
+
+class TextLayout(NamedTuple):
+    """Where the texts of a batch lie among its tokens once padding is removed.
+
+    Attributes:
+        indices: Place of every real token in the flattened batch, int64 `[tokens]`.
+        cu_seq_lens: Where each text starts, and the end, int32 `[texts + 1]`.
+        lengths: Tokens of each text.
+        shape: `(batch, seq)` as the caller gave them.
+        attention: How attention keeps texts apart: `"flash"`, `"varlen"`, `"each"` or `"rows"`.
+    """
+
+    indices: torch.Tensor
+    cu_seq_lens: torch.Tensor
+    lengths: list[int]
+    shape: tuple[int, int]
+    attention: str
+
+    def pad(self, tokens: torch.Tensor) -> torch.Tensor:
+        """`[tokens, ...]` back to `[batch, seq, ...]`, 0 at padding."""
+        batch, seq = self.shape
+        padded = tokens.new_zeros(batch * seq, *tokens.shape[1:])
+        return padded.index_copy(0, self.indices, tokens).unflatten(0, (batch, seq))
+
+    def unpad(self, padded: torch.Tensor) -> torch.Tensor:
+        """`[batch, seq, ...]` to `[tokens, ...]`."""
+        return padded.flatten(0, 1).index_select(0, self.indices)
+
+
+def find_texts(
+    shape: tuple[int, int],
+    device: torch.device,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    cu_seq_lens: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Real tokens of a batch and the starts of its texts.
+
+    A text starts with the first real token of a row and, where rows are packed, at every position id 0 or where
+    `cu_seq_lens` says.
+
+    Returns:
+        `indices` and `cu_seq_lens` of [`TextLayout`], or None where every row is one text without padding.
+    """
+    batch, seq = shape
+    packed = position_ids is not None and bool((position_ids[:, 1:] == 0).any())
+    if cu_seq_lens is None and not packed and (attention_mask is None or attention_mask.all()):
+        return None
+    indices = torch.arange(batch * seq, device=device)
+    if attention_mask is not None:
+        indices = indices[attention_mask.flatten().bool()]
+    if cu_seq_lens is not None:
+        return indices, cu_seq_lens.to(torch.int32)
+    rows = indices // seq
+    starts = F.pad(rows.diff() != 0, (1, 0), value=True)[: len(rows)]
+    if packed:
+        starts |= position_ids.expand(batch, seq).flatten()[indices] == 0
+    starts = starts.nonzero().flatten()
+    return indices, F.pad(starts, (0, 1), value=len(indices)).to(torch.int32)
+
+
+def same_text(
+    text_ids: torch.Tensor | None, position_ids: torch.Tensor | None, window: int | None
+) -> Callable[..., torch.Tensor]:
+    """Mask function of the library: a query sees keys of its own text, at most `window` positions away."""
+
+    def mask_function(batch, head, query, key):
+        seen = query >= 0
+        if text_ids is not None:
+            seen = seen & (text_ids[batch, query] == text_ids[batch, key])
+        if window is not None:
+            seen = seen & ((position_ids[batch, query] - position_ids[batch, key]).abs() <= window)
+        return seen
+
+    return mask_function
+
+
+class ModernAlbertEmbeddings(nn.Module):
+    """Factorised embedding (ALBERT, section 3.1): V x E table, norm, E x H projection."""
+
+    def __init__(self, config: ModernAlbertConfig):
+        super().__init__()
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.embedding_size, padding_idx=config.pad_token_id)
+        self.norm = nn.LayerNorm(config.embedding_size, eps=config.norm_eps, bias=False)
+        self.projection = nn.Linear(config.embedding_size, config.hidden_size, bias=False)
+        # Normalised features have unit variance, and so shall the residual stream that they start.
+        self.projection.init_std = config.embedding_size**-0.5
+        self.drop = nn.Dropout(config.embedding_dropout)
+
+    def forward(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        if inputs_embeds is None:
+            inputs_embeds = self.tok_embeddings(input_ids)
+        return self.drop(self.projection(self.norm(inputs_embeds)))  # [..., hidden]
+
+
+class ModernAlbertRotaryEmbedding(nn.Module):
+    """Cosines and sines of RoPE, one table of frequencies for each layer type in use."""
+
+    def __init__(self, config: ModernAlbertConfig, device=None):
+        super().__init__()
+        self.config = config
+        self.layer_types = sorted(set(config.layer_types))
+        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
+        self.rope_type = {}
+        for layer_type in self.layer_types:
+            self.rope_type[layer_type] = config.rope_parameters[layer_type]["rope_type"]
+            inv_freq, scaling = self.compute_frequencies(layer_type, device)
+            self.register_buffer(f"{layer_type}_inv_freq", inv_freq, persistent=False)
+            self.register_buffer(f"{layer_type}_original_inv_freq", inv_freq.clone(), persistent=False)
+            setattr(self, f"{layer_type}_attention_scaling", scaling)
+
+    def compute_frequencies(self, layer_type: str, device=None) -> tuple[torch.Tensor, float]:
+        """Inverse frequencies `[head_dim / 2]` in float32, and the factor on cosines and sines."""
+        if self.rope_type[layer_type] != "default":
+            return ROPE_INIT_FUNCTIONS[self.rope_type[layer_type]](self.config, device, layer_type=layer_type)
+        head_dim = self.config.hidden_size // self.config.num_attention_heads
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float, device=device) / head_dim
+        return self.config.rope_parameters[layer_type]["rope_theta"] ** -exponents, 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(
+        self, hidden_states: torch.Tensor, position_ids: torch.Tensor, layer_type: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines, and sines with the sign of the rotation, each float32 `[batch, seq, head_dim]`."""
+        inv_freq = getattr(self, f"{layer_type}_inv_freq").to(hidden_states.device, torch.float)
+        scaling = getattr(self, f"{layer_type}_attention_scaling")
+        angles = position_ids[..., None].float() * inv_freq  # [batch, seq, head_dim / 2]
+        cos, sin = angles.cos() * scaling, angles.sin() * scaling
+        cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+        return cos, sin
+
+
+def apply_rotary_pos_emb(features: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> torch.Tensor:
+    """RoPE on the halves of the last dimension, `(x1 cos - x2 sin, x2 cos + x1 sin)`, in float32 at least.
+
+    With the sign in the sines, swapping the halves is all that is left of the rotation: three passes over memory.
+    """
+    wide = features.to(torch.promote_types(features.dtype, torch.float32))
+    swapped = wide.roll(wide.shape[-1] // 2, dims=-1)
+    return torch.addcmul(wide * cos, swapped, signed_sin.to(wide)).to(features.dtype)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention spelt out; the only form that returns its weights, `[batch, heads, seq, seq]`."""
+    scores = torch.matmul(query, key.transpose(-1, -2)) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class ModernAlbertAttention(nn.Module):
+    """Bidirectional self-attention with RoPE, over rows or over texts laid end to end."""
+
+    def __init__(self, config: ModernAlbertConfig):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.is_causal = False
+        self.Wqkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
+        self.Wo = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.Wo.init_std = config.initializer_range / math.sqrt(2 * config.num_hidden_layers)
+        self.out_drop = nn.Dropout(config.attention_dropout)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        layout: TextLayout | None,
+        window: int | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input_shape = hidden_states.shape[:-1]
+        qkv = self.Wqkv(hidden_states).view(*input_shape, 3, -1, self.head_dim)
+        cos, sin = (table[..., None, None, :] for table in position_embeddings)
+        query, key = apply_rotary_pos_emb(qkv[..., :2, :, :], cos, sin).unbind(-3)
+        value = qkv[..., 2, :, :]  # each [batch, seq, heads, head_dim]
+        output, weights = self.attend(query, key, value, attention_mask, layout, window, **kwargs)
+        return self.out_drop(self.Wo(output.reshape(*input_shape, -1))), weights
+
+    def attend(self, query, key, value, attention_mask, layout, window, **kwargs):
+        """Attention of every text to itself, `[batch, seq, heads, head_dim]` in and out.
+
+        What the library's interface takes decides the way: rows as they are; texts end to end under FlashAttention,
+        the library's or torch's; text by text on a CPU, where a kernel call costs less than the padding; rows padded
+        for this call under anything else.
+        """
+        scaling = self.head_dim**-0.5
+        if layout is not None and layout.attention == "varlen":
+            ends, longest = layout.cu_seq_lens, max(layout.lengths)
+            span = (-1, -1) if window is None else (window, window)
+            texts = (states.squeeze(0) for states in (query, key, value))
+            output = varlen_attn(*texts, ends, ends, longest, longest, scale=scaling, window_size=span)
+            return output.unsqueeze(0), None
+
+        interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        kwargs.update(
+            scaling=scaling,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            # The library counts the token itself into the window of FlashAttention.
+            sliding_window=None if window is None else window + 1,
+        )
+        if layout is not None and layout.attention == "each":
+            outputs = []
+            for states in zip(*(s.split(layout.lengths, dim=1) for s in (query, key, value)), strict=True):
+                length = states[0].shape[1]
+                mask = None if attention_mask is None else attention_mask[:, :, :length, :length]
+                outputs.append(interface(self, *(s.transpose(1, 2) for s in states), mask, **kwargs)[0])
+            return torch.cat(outputs, dim=1), None
+
+        if layout is not None and layout.attention == "rows":
+            query, key, value = (layout.pad(states.squeeze(0)) for states in (query, key, value))
+        elif layout is not None:
+            kwargs.update(cu_seq_lens_q=layout.cu_seq_lens, cu_seq_lens_k=layout.cu_seq_lens)
+            kwargs.update(max_length_q=max(layout.lengths), max_length_k=max(layout.lengths))
+        states = (states.transpose(1, 2) for states in (query, key, value))  # [batch, heads, seq, head_dim]
+        output, weights = interface(self, *states, attention_mask, **kwargs)
+        if layout is not None and layout.attention == "rows":
+            output = layout.unpad(output).unsqueeze(0)
+        return output, weights
+
+
+class ModernAlbertMLP(nn.Module):
+    """Gated feed-forward layer, `Wo (act(gate) * value)` with `gate, value = Wi h`."""
+
+    def __init__(self, config: ModernAlbertConfig, intermediate_size: int):
+        super().__init__()
+        self.Wi = nn.Linear(config.hidden_size, 2 * intermediate_size, bias=False)
+        self.act = ACT2FN[config.hidden_activation]
+        self.Wo = nn.Linear(intermediate_size, config.hidden_size, bias=False)
+        self.Wo.init_std = config.initializer_range / math.sqrt(2 * config.num_hidden_layers)
+        self.drop = nn.Dropout(config.mlp_dropout)
+
+    def gated(self, projected: torch.Tensor) -> torch.Tensor:
+        """`[..., 2 * intermediate]` to `[..., intermediate]`."""
+        gate, value = projected.chunk(2, dim=-1)
+        return self.act(gate) * value
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.drop(self.Wo(self.gated(self.Wi(hidden_states))))
+
+
+class ModernAlbertRouter(nn.Module):
+    """Chooses the experts of every token and weighs them.
+
+    Linear without bias, softmax in float32, top-k. In training its input, and nothing else, is multiplied by uniform
+    noise in `1 ± router_jitter_noise` (Switch Transformer).
+    """
+
+    def __init__(self, config: ModernAlbertConfig):
+        super().__init__()
+        self.num_experts_per_tok = config.num_experts_per_tok
+        self.norm_topk_prob = config.norm_topk_prob
+        self.jitter_noise = config.router_jitter_noise
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`[tokens, hidden]` to logits `[tokens, experts]`, weights and experts `[tokens, k]`."""
+        hidden_states = hidden_states.to(self.weight.dtype)
+        if self.training and self.jitter_noise > 0:
+            noise = torch.empty_like(hidden_states).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
+            hidden_states = hidden_states * noise
+        # Autocast would take the logits to half precision and flip close choices.
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            logits = F.linear(hidden_states, self.weight)
+        probabilities = logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        weights, experts = probabilities.topk(self.num_experts_per_tok, dim=-1)
+        if self.norm_topk_prob:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        return logits, weights, experts
+
+
+class ModernAlbertExperts(nn.Module):
+    """LoRA pairs of every expert, on the input projection and on the output projection.
+
+    `in_A [E, r, H]`, `in_B [E, 2I, r]`, `out_A [E, r, I]`, `out_B [E, H, r]`; the A as PEFT starts them, the B at 0, so
+    that a new mixture equals its shared layer.
+    """
+
+    def __init__(self, config: ModernAlbertConfig):
+        super().__init__()
+        hidden, width = config.hidden_size, config.mol_intermediate_size
+        experts, rank = config.num_experts, config.expert_rank
+        self.scaling = config.expert_alpha / rank
+        self.in_A = nn.Parameter(torch.empty(experts, rank, hidden))
+        self.in_B = nn.Parameter(torch.empty(experts, 2 * width, rank))
+        self.out_A = nn.Parameter(torch.empty(experts, rank, width))
+        self.out_B = nn.Parameter(torch.empty(experts, hidden, rank))
+
+
+def mix_dense(gated, scaling, projected, low, weights, experts, in_B, out_A):
+    """Mixture with static shapes: slot by slot, an expert's part of `low` kept and the others' masked to 0.
+
+    Args:
+        gated: Activation, `[tokens, 2I]` to `[tokens, I]`.
+        scaling: LoRA alpha / r.
+        projected: Shared input projection, `[tokens, 2I]`.
+        low: Input projected by all `in_A`, `[tokens, E, r]`.
+        weights: Router weights, `[tokens, k]`.
+        experts: Chosen experts, int64 `[tokens, k]`.
+        in_B: `[E, 2I, r]`.
+        out_A: `[E, r, I]`.
+
+    Returns:
+        `sum_e p_e a_e` of shape `[tokens, I]`, and `p_e A2_e a_e` for each chosen expert, else 0, `[tokens, E, r]`.
+    """
+    chosen = F.one_hot(experts, low.shape[1]).to(low.dtype)[..., None]  # [tokens, k, E, 1]
+    in_B = in_B.transpose(1, 2).flatten(0, 1)  # [E * r, 2I]
+    activated, low_out = 0, 0
+    for slot in range(experts.shape[1]):
+        delta = torch.mm((low * chosen[:, slot]).flatten(1), in_B)
+        part = weights[:, slot, None] * gated(projected + scaling * delta)
+        activated = activated + part
+        low_out = low_out + F.linear(part, out_A.flatten(0, 1)).view_as(low) * chosen[:, slot]
+    return activated, low_out
+
+
+class GroupedMixture(torch.autograd.Function):
+    """[`mix_dense`], expert by expert over the tokens that chose it: the fast form on a CPU.
+
+    Works through chunks that fit the cache, and keeps nothing between the two passes but its inputs: the backward pass
+    repeats a chunk and differentiates it.
+    """
+
+    chunk_size = 128
+
+    @staticmethod
+    def chunks(experts: torch.Tensor, num_experts: int):
+        """For each chunk: the expert, its tokens, and their slots in the flattened `[tokens * k]`."""
+        flat = experts.flatten()
+        counts = torch.bincount(flat, minlength=num_experts).tolist()
+        for expert, slots in enumerate(flat.argsort(stable=True).split(counts)):
+            for chunk in slots.split(GroupedMixture.chunk_size) if len(slots) else ():
+                yield expert, chunk // experts.shape[1], chunk
+
+    @staticmethod
+    def mix(gated, corrected, weights, out_A):
+        part = gated(corrected) * weights[:, None]
+        return part, F.linear(part, out_A)  # [chunk, I], [chunk, r]
+
+    @staticmethod
+    def forward(ctx, gated, scaling, projected, low, weights, experts, in_B, out_A):
+        ctx.gated, ctx.scaling = gated, scaling
+        ctx.save_for_backward(projected, low, weights, experts, in_B, out_A)
+        activated = projected.new_zeros(len(projected), out_A.shape[-1])
+        low_out = torch.zeros_like(low)
+        flat_weights = weights.flatten()
+        for expert, tokens, slots in GroupedMixture.chunks(experts, len(in_B)):
+            corrected = projected[tokens].addmm_(low[tokens, expert], in_B[expert].t(), alpha=scaling)
+            part, part_low = GroupedMixture.mix(gated, corrected, flat_weights[slots], out_A[expert])
+            activated.index_add_(0, tokens, part)
+            low_out[tokens, expert] = part_low
+        return activated, low_out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_activated, grad_low_out):
+        projected, low, weights, experts, in_B, out_A = ctx.saved_tensors
+        flat_weights = weights.flatten()
+        # An expert without tokens gets a gradient of 0, not none.
+        grad_projected, grad_low, grad_weights, grad_in_B, grad_out_A = (
+            torch.zeros_like(tensor) for tensor in (projected, low, flat_weights, in_B, out_A)
+        )
+        for expert, tokens, slots in GroupedMixture.chunks(experts, len(in_B)):
+            chunk_low = low[tokens, expert]
+            corrected = projected[tokens].addmm_(chunk_low, in_B[expert].t(), alpha=ctx.scaling)
+            with torch.enable_grad():
+                inputs = [t.detach().requires_grad_() for t in (corrected, flat_weights[slots], out_A[expert])]
+                outputs = GroupedMixture.mix(ctx.gated, *inputs)
+            grad_corrected, grad_weights[slots], grad_A = torch.autograd.grad(
+                outputs, inputs, (grad_activated[tokens], grad_low_out[tokens, expert])
+            )
+            grad_projected.index_add_(0, tokens, grad_corrected)
+            grad_low[tokens, expert] = ctx.scaling * (grad_corrected @ in_B[expert])
+            grad_in_B[expert].addmm_(grad_corrected.t(), chunk_low, alpha=ctx.scaling)
+            grad_out_A[expert] += grad_A
+        return None, None, grad_projected, grad_low, grad_weights.view_as(weights), None, grad_in_B, grad_out_A
+
+
+class ModernAlbertMoL(ModernAlbertMLP):
+    r"""Mixture of LoRAs: a shared feed-forward layer whose two projections every chosen expert corrects.
+
+    With shared projections `W_i`, `W_o`, experts `(A1, B1, A2, B2)_e`, `s = expert_alpha / expert_rank` and router
+    weights `p_e` of the chosen experts S, the layer is the mixture of feed-forward *outputs*
+
+        MoL(h) = sum_{e in S} p_e (W_o + s B2_e A2_e) geglu((W_i + s B1_e A1_e) h)
+
+    Both projections are linear, so that it is computed exactly with each of them once for a token, however many
+    experts it chose:
+
+        u = W_i h,    a_e = geglu(u + s B1_e A1_e h),    MoL(h) = W_o (sum_e p_e a_e) + s sum_e B2_e A2_e p_e a_e
+
+    Where the weights do not sum to one (`norm_topk_prob=False`), the rest goes to the shared layer's own `geglu(u)`.
+    One expert means a single adapter and no router. The mixture is the paper's; the cheap form is ours.
+    """
+
+    def __init__(self, config: ModernAlbertConfig):
+        super().__init__(config, config.mol_intermediate_size)
+        self.experts = ModernAlbertExperts(config)
+        self.router = ModernAlbertRouter(config) if config.num_experts > 1 else None
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        states = hidden_states.flatten(0, -2)  # [tokens, hidden]
+        in_A, in_B, out_A, out_B = self.experts.in_A, self.experts.in_B, self.experts.out_A, self.experts.out_B
+        projected = self.Wi(states)  # [tokens, 2 * intermediate]
+        low = F.linear(states, in_A.flatten(0, 1)).unflatten(-1, in_A.shape[:2])  # [tokens, experts, rank]
+        if self.router is None:
+            weights = states.new_ones(len(states), 1)
+            experts = torch.zeros_like(weights, dtype=torch.long)
+        else:
+            _, weights, experts = self.router(states)
+
+        grouped = self.router is not None and states.device.type == "cpu" and not is_tracing(states)
+        mix = GroupedMixture.apply if grouped else mix_dense
+        weights = weights.to(projected.dtype)
+        in_B, out_A = in_B.to(projected.dtype), out_A.to(projected.dtype)
+        activated, low_out = mix(
+            self.gated, self.experts.scaling, projected, low.to(projected.dtype), weights, experts, in_B, out_A
+        )
+        if self.router is not None and not self.router.norm_topk_prob:
+            activated = activated + (1 - weights.sum(dim=-1, keepdim=True)) * self.gated(projected)
+
+        out_B = out_B.transpose(1, 2).flatten(0, 1).to(low_out.dtype)  # [experts * rank, hidden]
+        output = self.Wo(activated) + self.experts.scaling * (low_out.flatten(1) @ out_B)
+        return self.drop(output.view_as(hidden_states))
+
+
+class ModernAlbertLayer(GradientCheckpointingLayer):
+    """Pre-norm block. It is registered once and runs as often as its group is deep."""
+
+    def __init__(self, config: ModernAlbertConfig, group: int):
+        super().__init__()
+        self.attn_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=False)
+        self.attn = ModernAlbertAttention(config)
+        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=False)
+        if group not in config.mol_groups:
+            self.mlp = ModernAlbertMLP(config, config.intermediate_size)
+        elif config.num_experts == 0:
+            self.mlp = ModernAlbertMLP(config, config.mol_intermediate_size)
+        else:
+            self.mlp = ModernAlbertMoL(config)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        hidden_states = hidden_states + self.attn(self.attn_norm(hidden_states), **kwargs)[0]
+        return hidden_states + self.mlp(self.mlp_norm(hidden_states))
+
+
+def load_balancing_loss(
+    router_logits: tuple[torch.Tensor, ...],
+    num_groups: int,
+    num_experts_per_tok: int,
+    attention_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Load-balancing loss of Switch Transformer (section 2.2), `E * sum_e f_e P_e`, averaged over the MoL groups.
+
+    `f_e` is the share of all choices that fell on expert e, `P_e` its mean router probability; both run over real
+    tokens and over all depths of a group. So it is 1 where the load is even, whatever k is, and asks for balance over
+    the depths of a group together, as MoEUT does: an expert may serve one depth more than another. The paper does not
+    state its formula.
+
+    Args:
+        router_logits: For every executed MoL layer, `[batch, seq, num_experts]`.
+        num_groups: MoL groups; each has executed `len(router_logits) / num_groups` layers in a row.
+        num_experts_per_tok: Experts that a token chooses.
+        attention_mask: 0 at padding, `[batch, seq]`.
+
+    Returns:
+        Scalar, float32 at least.
+    """
+    device = router_logits[0].device
+    logits = torch.stack([layer.to(device) for layer in router_logits])  # [layers, batch, seq, experts]
+    logits = logits.unflatten(0, (num_groups, -1))  # [groups, depth, batch, seq, experts]
+    probabilities = logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    num_experts = logits.shape[-1]
+    chosen = F.one_hot(probabilities.topk(num_experts_per_tok, dim=-1).indices, num_experts).sum(dim=-2)
+    real = torch.ones_like(probabilities[..., :1])
+    if attention_mask is not None:
+        real = real * attention_mask.to(device, real.dtype)[..., None]
+    count = real.sum(dim=(1, 2, 3)).clamp(min=1)  # [groups, 1]
+    load = (chosen * real).sum(dim=(1, 2, 3)) / (num_experts_per_tok * count)
+    probability = (probabilities * real).sum(dim=(1, 2, 3)) / count
+    return (num_experts * (load * probability).sum(dim=-1)).mean()
+
+
+@auto_docstring
+class ModernAlbertPreTrainedModel(PreTrainedModel):
+    config_class = ModernAlbertConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ModernAlbertEmbeddings", "ModernAlbertLayer"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _keep_in_fp32_modules_strict = ["router"]
+    _can_record_outputs = {
+        "hidden_states": ModernAlbertLayer,
+        "attentions": ModernAlbertAttention,
+        "router_logits": OutputRecorder(ModernAlbertRouter, index=0),
+    }
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
+        """[`~PreTrainedModel.from_pretrained`], which refuses a checkpoint that does not fit the encoder.
+
+        transformers initialises missing tensors at random and drops unknown ones, with a warning. For a task head
+        that is what fine-tuning needs; for the encoder it means another architecture or a damaged file.
+
+        Raises:
+            ValueError: Tensors of the encoder are missing from the checkpoint, or unknown to this model.
+        """
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        if pretrained_model_name_or_path is not None:
+            parts = tuple(
+                prefix + name + "." for prefix in ("", "model.") for name in ("embeddings", "layers", "final_norm")
+            )
+            for problem in ("missing", "unexpected"):
+                keys = sorted(key for key in info[f"{problem}_keys"] if key.startswith(parts))
+                if keys:
+                    raise ValueError(
+                        f"{len(keys)} tensors of the encoder are {problem} in {pretrained_model_name_or_path}: "
+                        f"{', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''}. The file is damaged, or the "
+                        "configuration describes another architecture: load with the checkpoint's own config.json, "
+                        "without overriding fields that change shapes"
+                    )
+        return (model, info) if output_loading_info else model
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if hasattr(module, "init_std"):
+            init.normal_(module.weight, mean=0.0, std=module.init_std)
+        elif isinstance(module, ModernAlbertRouter):
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+        elif isinstance(module, ModernAlbertExperts):
+            for factor in (module.in_A, module.out_A):
+                init.uniform_(factor, -(factor.shape[-1] ** -0.5), factor.shape[-1] ** -0.5)
+            init.zeros_(module.in_B)
+            init.zeros_(module.out_B)
+        elif isinstance(module, ModernAlbertRotaryEmbedding):
+            for layer_type in module.layer_types:
+                inv_freq, _ = module.compute_frequencies(layer_type)
+                init.copy_(getattr(module, f"{layer_type}_inv_freq"), inv_freq)
+                init.copy_(getattr(module, f"{layer_type}_original_inv_freq"), inv_freq)
+
+    def merge_experts(self, method: str = "uniform", fold: bool = True) -> "ModernAlbertPreTrainedModel":
+        """Merges the experts of every MoL group into one adapter, in place.
+
+        Args:
+            method: A name from `merging_modernalbert.METHODS`.
+            fold: Whether the adapter is added into the shared projections, which leaves a plain recursive encoder
+                (`num_experts=0`), or kept beside them (`num_experts=1`).
+
+        Returns:
+            This model; its configuration says what it is now, so that saving and loading work.
+
+        Raises:
+            ValueError: There are no experts to merge, or the method is unknown.
+        """
+        merge_experts(self, ModernAlbertMLP, ModernAlbertMoL, method, fold)
+        return self
+
+
+@auto_docstring
+class ModernAlbertModel(ModernAlbertPreTrainedModel):
+    def __init__(self, config: ModernAlbertConfig):
+        super().__init__(config)
+        self.embeddings = ModernAlbertEmbeddings(config)
+        self.rotary_emb = ModernAlbertRotaryEmbedding(config)
+        self.layers = nn.ModuleList([ModernAlbertLayer(config, group) for group in range(config.num_hidden_groups)])
+        self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embeddings.tok_embeddings
+
+    def set_input_embeddings(self, value):
+        self.embeddings.tok_embeddings = value
+
+    @merge_with_config_defaults
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ModernAlbertModelOutput:
+        r"""
+        position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            Position of every token in its text; by default counted from the first token that is not padding. Where
+            they are given, position 0 starts a new text: rows may hold several, which do not see each other.
+        inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, embedding_size)`, *optional*):
+            Rows of the embedding table (width `embedding_size`) in place of `input_ids`.
+        """
+        traced = is_tracing(input_ids if input_ids is not None else inputs_embeds)
+        self.check_inputs(input_ids, inputs_embeds, attention_mask, position_ids, traced)
+        inputs = input_ids if input_ids is not None else inputs_embeds
+        batch, seq = inputs.shape[:2]
+        cu_seq_lens = kwargs.pop("cu_seq_lens_q", None)
+        for name in ("cu_seq_lens_k", "max_length_q", "max_length_k"):
+            kwargs.pop(name, None)
+
+        texts = None
+        rows_only = traced or (attention_mask is not None and attention_mask.dim() == 4)
+        if not rows_only:
+            texts = find_texts((batch, seq), inputs.device, attention_mask, position_ids, cu_seq_lens)
+        layout = None
+        if texts is not None and len(texts[0]):
+            indices, cu_seq_lens = texts
+            lengths = cu_seq_lens.diff().tolist()
+            layout = TextLayout(indices, cu_seq_lens, lengths, (batch, seq), self.attention_over_texts(inputs_embeds))
+            self.check_length(max(lengths))
+            text_ids = torch.arange(len(lengths), device=inputs.device).repeat_interleave(cu_seq_lens.diff())
+            if position_ids is None:
+                positions = torch.arange(len(indices), device=inputs.device) - cu_seq_lens[text_ids]
+            else:
+                positions = position_ids.expand(batch, seq).flatten()[indices]
+            hidden_states = self.embeddings(
+                None if input_ids is None else layout.unpad(input_ids)[None],
+                None if inputs_embeds is None else layout.unpad(inputs_embeds)[None],
+            )  # [1, tokens, hidden]
+            position_ids, rows = positions[None], (layout.pad(text_ids), layout.pad(positions))
+        else:
+            if not traced:
+                self.check_length(seq)
+            hidden_states = self.embeddings(input_ids, inputs_embeds)  # [batch, seq, hidden]
+            text_ids = None
+            if position_ids is None:
+                position_ids = torch.arange(seq, device=inputs.device)[None]
+                if attention_mask is not None and attention_mask.dim() == 2:
+                    position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+            elif rows_only:
+                text_ids = (position_ids == 0).cumsum(-1)
+            position_ids = position_ids.expand(batch, seq)
+            if text_ids is not None:
+                text_ids = text_ids.expand(batch, seq)
+            rows = (text_ids, position_ids)
+
+        outputs = self.encode(
+            hidden_states,
+            layout,
+            masks={
+                layer_type: self.make_mask(layer_type, hidden_states, attention_mask, layout, *rows)
+                for layer_type in self.rotary_emb.layer_types
+            },
+            position_embeddings={
+                layer_type: self.rotary_emb(hidden_states, position_ids, layer_type)
+                for layer_type in self.rotary_emb.layer_types
+            },
+            **kwargs,
+        )
+        return self.restore(outputs, layout, (batch, seq), attention_mask)
+
+    @capture_outputs
+    def encode(
+        self, hidden_states, layout, masks, position_embeddings, **kwargs: Unpack[TransformersKwargs]
+    ) -> ModernAlbertModelOutput:
+        """The layers and the final norm, over texts laid end to end or over rows."""
+        for index, layer_type in enumerate(self.config.layer_types):
+            hidden_states = self.layers[index // self.config.layers_per_group](
+                hidden_states,
+                position_embeddings=position_embeddings[layer_type],
+                attention_mask=masks[layer_type],
+                layout=layout,
+                window=self.config.sliding_window if layer_type == "sliding_attention" else None,
+                **kwargs,
+            )
+        return ModernAlbertModelOutput(last_hidden_state=self.final_norm(hidden_states))
+
+    def restore(self, outputs, layout, shape, attention_mask) -> ModernAlbertModelOutput:
+        """Whatever the layers gave, in the shape `[batch, seq, ...]` of the input."""
+        if layout is not None:
+            outputs.last_hidden_state = layout.pad(outputs.last_hidden_state.squeeze(0))
+            if outputs.hidden_states is not None:
+                outputs.hidden_states = tuple(
+                    None if states is None else layout.pad(states.squeeze(0)) for states in outputs.hidden_states
+                )
+            if outputs.router_logits is not None:
+                outputs.router_logits = tuple(layout.pad(logits) for logits in outputs.router_logits)
+            return outputs
+        if attention_mask is not None and attention_mask.dim() == 2:
+            outputs.last_hidden_state = outputs.last_hidden_state * attention_mask[..., None].bool()
+        if outputs.router_logits is not None:
+            outputs.router_logits = tuple(logits.unflatten(0, shape) for logits in outputs.router_logits)
+        return outputs
+
+    def attention_over_texts(self, inputs_embeds: torch.Tensor | None) -> str:
+        """How attention runs over texts laid end to end; see [`TextLayout`]."""
+        if is_flash_attention_requested(self.config):
+            return "flash"
+        weight = self.embeddings.projection.weight
+        if self.config._attn_implementation == "sdpa" and weight.device.type == "cpu":
+            return "each"
+        dtype = weight.dtype
+        if torch.is_autocast_enabled(weight.device.type):
+            dtype = torch.get_autocast_dtype(weight.device.type)
+        if (
+            self.config._attn_implementation == "sdpa"
+            and weight.device.type == "cuda"
+            and varlen_attn is not None
+            and dtype in (torch.float16, torch.bfloat16)
+            and not (self.training and self.config.attention_dropout > 0)
+        ):
+            return "varlen"
+        return "rows"
+
+    def make_mask(self, layer_type, hidden_states, attention_mask, layout, text_ids, position_ids):
+        """Mask of a layer type in the form that the attention implementation takes, or None."""
+        window = self.config.sliding_window if layer_type == "sliding_attention" else None
+        if attention_mask is not None and attention_mask.dim() == 4:
+            return attention_mask
+        if layout is not None and layout.attention in ("flash", "varlen"):
+            return None
+        if layout is not None and layout.attention == "each":
+            longest = max(layout.lengths)
+            if window is None or longest <= window + 1:
+                return None
+            positions = torch.arange(longest, device=hidden_states.device)
+            return ((positions[:, None] - positions).abs() <= window)[None, None]
+        rows = hidden_states
+        if layout is not None:
+            rows = hidden_states.new_empty(*layout.shape, 0)
+            if attention_mask is None:
+                attention_mask = layout.pad(torch.ones_like(layout.indices))
+            if len(layout.lengths) == layout.shape[0] and window is None:
+                text_ids = None  # one text a row: padding says all
+        restricted = text_ids is not None or window is not None
+        if is_flash_attention_requested(self.config) and window is not None:
+            restricted = text_ids is not None  # the kernel has the window
+        return create_bidirectional_mask(
+            config=self.config,
+            inputs_embeds=rows,
+            attention_mask=attention_mask,
+            and_mask_function=same_text(text_ids, position_ids, window) if restricted else None,
+        )
+
+    def check_length(self, length: int) -> None:
+        if length > self.config.max_position_embeddings:
+            raise ValueError(
+                f"a text has {length} tokens, but the model was made for at most {self.config.max_position_embeddings} "
+                "(`max_position_embeddings`); truncate it, e.g. with `tokenizer(..., truncation=True, max_length="
+                f"{self.config.max_position_embeddings})`"
+            )
+
+    def check_inputs(self, input_ids, inputs_embeds, attention_mask, position_ids, traced: bool) -> None:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either `input_ids` or `inputs_embeds`, and not both")
+        inputs = input_ids if input_ids is not None else inputs_embeds
+        if input_ids is not None and input_ids.dim() != 2:
+            raise ValueError(f"`input_ids` must be [batch, seq], got {list(input_ids.shape)}; add a batch dimension")
+        if inputs_embeds is not None and (
+            inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != self.config.embedding_size
+        ):
+            raise ValueError(
+                f"`inputs_embeds` must be [batch, seq, {self.config.embedding_size}] (`embedding_size`, the width of "
+                f"the embedding table), got {list(inputs_embeds.shape)}"
+            )
+        if traced:
+            return
+        shape = inputs.shape[:2]
+        if attention_mask is not None and attention_mask.dim() != 4 and attention_mask.shape != shape:
+            raise ValueError(
+                f"`attention_mask` must be [batch, seq] = {list(shape)} as the input, got {list(attention_mask.shape)}"
+            )
+        if position_ids is not None and tuple(position_ids.shape) not in (tuple(shape), (1, shape[1])):
+            raise ValueError(
+                f"`position_ids` must be [batch, seq] = {list(shape)} as the input, got {list(position_ids.shape)}"
+            )
+        # On an accelerator the check would make the host wait for it.
+        if input_ids is not None and input_ids.device.type == "cpu" and input_ids.numel():
+            low, high = (int(value) for value in input_ids.aminmax())
+            size = self.embeddings.tok_embeddings.num_embeddings
+            if low < 0 or high >= size:
+                raise ValueError(
+                    f"`input_ids` run from {low} to {high}, but the vocabulary has {size} tokens, from 0; is this the "
+                    "tokenizer that the model was trained with?"
+                )
+
+
+class ModernAlbertPredictionHead(nn.Module):
+    """Dense, activation, norm."""
+
+    def __init__(self, config: ModernAlbertConfig, out_features: int):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, out_features, bias=False)
+        self.dense.init_std = config.hidden_size**-0.5
+        self.act = ACT2FN[config.classifier_activation]
+        self.norm = nn.LayerNorm(out_features, eps=config.norm_eps, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.act(self.dense(hidden_states)))
+
+
+class ModernAlbertHeadModel(ModernAlbertPreTrainedModel):
+    """What the task heads share: running the encoder, and adding the balancing loss to the task's."""
+
+    def __init__(self, config: ModernAlbertConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = ModernAlbertModel(config)
+
+    def run_encoder(self, has_labels: bool, attention_mask, kwargs: dict, **inputs) -> ModernAlbertModelOutput:
+        """Output of the encoder, with the balancing loss where it was asked for or is part of the loss."""
+        asked = kwargs.pop("output_router_logits", None)
+        asked = self.config.output_router_logits if asked is None else asked
+        balanced = has_labels and self.training and self.config.has_router and self.config.router_aux_loss_coef > 0
+        outputs = self.model(**inputs, attention_mask=attention_mask, output_router_logits=asked or balanced, **kwargs)
+        if outputs.router_logits:
+            outputs.aux_loss = load_balancing_loss(
+                outputs.router_logits,
+                len(self.config.mol_groups),
+                self.config.num_experts_per_tok,
+                attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None,
+            )
+        if not asked:
+            outputs.router_logits = None
+        return outputs
+
+    def total_loss(self, loss: torch.Tensor, aux_loss: torch.Tensor | None, share: torch.Tensor | float):
+        """Task loss plus, in training, the weighted balancing loss.
+
+        Under gradient accumulation the balancing loss is a mean over each micro-batch; `share` is the part of the
+        batch's labelled items that the micro-batch holds, by which the task loss is weighted as well.
+        """
+        if aux_loss is None or not self.training or self.config.router_aux_loss_coef == 0:
+            return loss
+        router = next(module for module in self.modules() if isinstance(module, ModernAlbertRouter))
+        if torch.is_grad_enabled() and router.weight.requires_grad and not aux_loss.requires_grad:
+            raise ValueError(
+                "the balancing loss has no gradient, as happens with reentrant gradient checkpointing; use "
+                "`gradient_checkpointing_kwargs={'use_reentrant': False}`, or set `router_aux_loss_coef=0`"
+            )
+        return loss + self.config.router_aux_loss_coef * share * aux_loss.to(loss.device)
+
+    def pool(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """`[batch, seq, hidden]` to `[batch, hidden]`: the first real token, or the mean of the real ones."""
+        if attention_mask is None or attention_mask.dim() != 2:
+            attention_mask = hidden_states.new_ones(hidden_states.shape[:2])
+        real = attention_mask.to(hidden_states)
+        if self.config.classifier_pooling == "cls":
+            first = real.argmax(dim=1)
+            return hidden_states[torch.arange(len(first), device=first.device), first]
+        return (hidden_states * real[..., None]).sum(dim=1) / real.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def count_labelled(labelled: torch.Tensor, num_items_in_batch: torch.Tensor | int | None):
+    """Labelled items by which a loss is divided, and the share of them that is here.
+
+    A loss is the sum over its labelled items divided by `num_items_in_batch`, the count over all accumulated
+    micro-batches where Trainer gives it, else the count here. A batch without any gives 0.
+    """
+    here = labelled.sum()
+    total = here if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=here.device)
+    total = total.clamp(min=1)
+    return total, here / total
+
+
+def check_labels(labels: torch.Tensor, shape: tuple[int, ...], meaning: str) -> None:
+    if labels.is_floating_point() or labels.dtype == torch.bool or labels.shape != shape:
+        raise ValueError(
+            f"`labels` must be integers of shape {list(shape)}, {meaning}; got {labels.dtype} of shape "
+            f"{list(labels.shape)}"
+        )
+
+
+@auto_docstring(custom_intro="ModernALBERT with a masked-language-model head, its decoder tied to the embedding.")
+class ModernAlbertForMaskedLM(ModernAlbertHeadModel):
+    _tied_weights_keys = {"decoder.weight": "model.embeddings.tok_embeddings.weight"}
+
+    def __init__(self, config: ModernAlbertConfig):
+        super().__init__(config)
+        self.head = ModernAlbertPredictionHead(config, config.embedding_size)
+        self.decoder = nn.Linear(config.embedding_size, config.vocab_size, bias=config.decoder_bias)
+        self.post_init()
+
+    def get_output_embeddings(self):
+        return self.decoder
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear):
+        self.decoder = new_embeddings
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ModernAlbertMaskedLMOutput:
+        r"""
+        labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            Token ids to predict, -100 where there is no loss.
+        num_items_in_batch (`torch.Tensor` or `int`, *optional*):
+            Labels by which the summed loss is divided, where gradients of several batches accumulate.
+        """
+        outputs = self.run_encoder(
+            labels is not None, attention_mask, kwargs,
+            input_ids=input_ids, position_ids=position_ids, inputs_embeds=inputs_embeds,
+        )  # fmt: skip
+        hidden_states = outputs.last_hidden_state
+        if labels is not None:
+            check_labels(labels, hidden_states.shape[:2], "token ids, -100 where there is no loss")
+            if self.config.sparse_prediction:
+                labelled = labels != -100
+                hidden_states, labels = hidden_states[labelled], labels[labelled]  # [labelled, hidden]
+        logits = self.decoder(self.head(hidden_states))
+
+        loss = None
+        if labels is not None:
+            items, share = count_labelled(labels != -100, num_items_in_batch)
+            loss = self.loss_function(
+                logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=items, **kwargs
+            )
+            loss = self.total_loss(loss, outputs.aux_loss, share)
+        return ModernAlbertMaskedLMOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            aux_loss=outputs.aux_loss,
+            router_logits=outputs.router_logits,
+        )
+
+
+class ModernAlbertClassifierModel(ModernAlbertHeadModel):
+    """A prediction head and a linear classifier over pooled or single hidden states."""
+
+    def __init__(self, config: ModernAlbertConfig, num_outputs: int):
+        super().__init__(config)
+        self.head = ModernAlbertPredictionHead(config, config.hidden_size)
+        self.drop = nn.Dropout(config.classifier_dropout)
+        self.classifier = nn.Linear(config.hidden_size, num_outputs)
+        self.classifier.init_std = config.hidden_size**-0.5
+        self.post_init()
+
+    def classify(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.classifier(self.drop(self.head(hidden_states)))
+
+
+@auto_docstring(custom_intro="ModernALBERT with a classification or regression head over the pooled text.")
+class ModernAlbertForSequenceClassification(ModernAlbertClassifierModel):
+    def __init__(self, config: ModernAlbertConfig):
+        super().__init__(config, config.num_labels)
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ModernAlbertSequenceClassifierOutput:
+        r"""
+        labels (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, num_labels)`, *optional*):
+            Integer classes (`[batch]`), or floats: values to regress on (`num_labels=1`, or
+            `problem_type="regression"`), or 0 and 1 for each of several labels.
+        num_items_in_batch (`torch.Tensor` or `int`, *optional*):
+            Labels by which the summed loss is divided, where gradients of several batches accumulate.
+        """
+        outputs = self.run_encoder(
+            labels is not None, attention_mask, kwargs,
+            input_ids=input_ids, position_ids=position_ids, inputs_embeds=inputs_embeds,
+        )  # fmt: skip
+        logits = self.classify(self.pool(outputs.last_hidden_state, attention_mask))  # [batch, num_labels]
+
+        loss = None
+        if labels is not None:
+            problem_type = self.infer_problem_type(labels)
+            if problem_type == "single_label_classification":
+                check_labels(labels.view(-1), logits.shape[:1], f"classes from 0 to {self.num_labels - 1}")
+                items, share = count_labelled(labels != -100, num_items_in_batch)
+            else:
+                if labels.numel() != logits.numel():
+                    raise ValueError(
+                        f"`labels` for {problem_type} must have the shape of the logits, {list(logits.shape)}; got "
+                        f"{list(labels.shape)}"
+                    )
+                labels = labels.view_as(logits).to(logits.dtype)
+                items, share = count_labelled(torch.ones_like(labels), num_items_in_batch)
+            # The library's loss would write the inferred type into the model's configuration.
+            config = SimpleNamespace(num_labels=self.num_labels, problem_type=problem_type)
+            loss = self.loss_function(
+                labels=labels, pooled_logits=logits, config=config, num_items_in_batch=items, **kwargs
+            )
+            if problem_type != "single_label_classification":
+                loss = loss * share  # there the library's loss is a mean, whatever the batch is part of
+            loss = self.total_loss(loss, outputs.aux_loss, share)
+        return ModernAlbertSequenceClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            aux_loss=outputs.aux_loss,
+            router_logits=outputs.router_logits,
+        )
+
+    def infer_problem_type(self, labels: torch.Tensor) -> str:
+        """transformers' rule: one output regresses, integers are classes, floats are several labels."""
+        if self.config.problem_type is not None:
+            return self.config.problem_type
+        if self.num_labels == 1:
+            return "regression"
+        return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+
+
+@auto_docstring(custom_intro="ModernALBERT with a classifier over every token.")
+class ModernAlbertForTokenClassification(ModernAlbertClassifierModel):
+    def __init__(self, config: ModernAlbertConfig):
+        super().__init__(config, config.num_labels)
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ModernAlbertTokenClassifierOutput:
+        r"""
+        labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            Class of every token, -100 where there is no loss.
+        num_items_in_batch (`torch.Tensor` or `int`, *optional*):
+            Labels by which the summed loss is divided, where gradients of several batches accumulate.
+        """
+        outputs = self.run_encoder(
+            labels is not None, attention_mask, kwargs,
+            input_ids=input_ids, position_ids=position_ids, inputs_embeds=inputs_embeds,
+        )  # fmt: skip
+        logits = self.classify(outputs.last_hidden_state)  # [batch, seq, num_labels]
+
+        loss = None
+        if labels is not None:
+            check_labels(labels, logits.shape[:2], f"classes from 0 to {self.num_labels - 1}, -100 without loss")
+            items, share = count_labelled(labels != -100, num_items_in_batch)
+            loss = self.loss_function(logits, labels, self.config, num_items_in_batch=items, **kwargs)
+            loss = self.total_loss(loss, outputs.aux_loss, share)
+        return ModernAlbertTokenClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            aux_loss=outputs.aux_loss,
+            router_logits=outputs.router_logits,
+        )
+
+
+@auto_docstring(custom_intro="ModernALBERT with a head for the first and the last token of an answer.")
+class ModernAlbertForQuestionAnswering(ModernAlbertClassifierModel):
+    def __init__(self, config: ModernAlbertConfig):
+        super().__init__(config, 2)
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        start_positions: torch.LongTensor | None = None,
+        end_positions: torch.LongTensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ModernAlbertQuestionAnsweringOutput:
+        r"""
+        start_positions, end_positions (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+            First and last token of the answer. A position beyond the sequence has no loss.
+        num_items_in_batch (`torch.Tensor` or `int`, *optional*):
+            Answers by which the summed loss is divided, where gradients of several batches accumulate.
+        """
+        has_labels = start_positions is not None and end_positions is not None
+        outputs = self.run_encoder(
+            has_labels, attention_mask, kwargs,
+            input_ids=input_ids, position_ids=position_ids, inputs_embeds=inputs_embeds,
+        )  # fmt: skip
+        logits = self.classify(outputs.last_hidden_state)  # [batch, seq, 2]
+        start_logits, end_logits = (half.contiguous() for half in logits.unbind(-1))  # [batch, seq]
+
+        loss = None
+        if has_labels:
+            items, share = count_labelled(start_positions < start_logits.shape[1], num_items_in_batch)
+            loss = self.loss_function(
+                start_logits, end_logits, start_positions, end_positions, num_items_in_batch=items, **kwargs
+            )
+            loss = self.total_loss(loss, outputs.aux_loss, share)
+        return ModernAlbertQuestionAnsweringOutput(
+            loss=loss,
+            start_logits=start_logits,
+            end_logits=end_logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            aux_loss=outputs.aux_loss,
+            router_logits=outputs.router_logits,
+        )
+
+
+@auto_docstring(custom_intro="ModernALBERT with a head that scores each of several choices.")
+class ModernAlbertForMultipleChoice(ModernAlbertClassifierModel):
+    def __init__(self, config: ModernAlbertConfig):
+        super().__init__(config, 1)
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ModernAlbertMultipleChoiceOutput:
+        r"""
+        input_ids (`torch.LongTensor` of shape `(batch_size, num_choices, sequence_length)`, *optional*):
+            Tokens of every choice; masks, positions and embeddings have the same leading shape.
+        labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+            The right choice.
+        num_items_in_batch (`torch.Tensor` or `int`, *optional*):
+            Labels by which the summed loss is divided, where gradients of several batches accumulate.
+        """
+        num_choices = (input_ids if input_ids is not None else inputs_embeds).shape[1]
+        input_ids, attention_mask, position_ids, inputs_embeds = (
+            None if tensor is None else tensor.flatten(0, 1)
+            for tensor in (input_ids, attention_mask, position_ids, inputs_embeds)
+        )  # [batch * choices, seq, ...]
+        outputs = self.run_encoder(
+            labels is not None, attention_mask, kwargs,
+            input_ids=input_ids, position_ids=position_ids, inputs_embeds=inputs_embeds,
+        )  # fmt: skip
+        logits = self.classify(self.pool(outputs.last_hidden_state, attention_mask))
+        logits = logits.view(-1, num_choices)  # [batch, choices]
+
+        loss = None
+        if labels is not None:
+            check_labels(labels, logits.shape[:1], f"the right choice, from 0 to {num_choices - 1}")
+            items, share = count_labelled(labels != -100, num_items_in_batch)
+            loss = F.cross_entropy(logits.float(), labels, reduction="sum") / items
+            loss = self.total_loss(loss, outputs.aux_loss, share)
+        return ModernAlbertMultipleChoiceOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            aux_loss=outputs.aux_loss,
+            router_logits=outputs.router_logits,
+        )
+
+
+__all__ = [
+    "ModernAlbertForMaskedLM",
+    "ModernAlbertForMultipleChoice",
+    "ModernAlbertForQuestionAnswering",
+    "ModernAlbertForSequenceClassification",
+    "ModernAlbertForTokenClassification",
+    "ModernAlbertModel",
+    "ModernAlbertPreTrainedModel",
+]

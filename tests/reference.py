@@ -1,0 +1,31 @@
+"""Slow forms that are right at a glance, which tests and benchmarks compare the model with."""
+
+import torch
+import torch.nn.functional as F
+
+
+def naive_mol(mol, hidden_states):
+    """MoL as its definition reads: a whole corrected feed-forward layer for every chosen expert of every token.
+
+    Takes a `ModernAlbertMoL` and `[..., hidden]`; the router's choice is the layer's own.
+    """
+    states = hidden_states.flatten(0, -2)
+    experts, scaling = mol.experts, mol.experts.scaling
+    _, weights, chosen = mol.router(states)
+    weights = weights.to(states.dtype)
+    output = torch.zeros_like(states)
+    for slot in range(chosen.shape[1]):
+        for expert in range(len(experts.in_A)):
+            tokens = (chosen[:, slot] == expert).nonzero().flatten()
+            inputs = states[tokens]
+            projected = mol.Wi(inputs) + scaling * F.linear(
+                F.linear(inputs, experts.in_A[expert]), experts.in_B[expert]
+            )
+            activated = mol.gated(projected)
+            result = mol.Wo(activated) + scaling * F.linear(
+                F.linear(activated, experts.out_A[expert]), experts.out_B[expert]
+            )
+            output = output.index_add(0, tokens, weights[tokens, slot, None] * result)
+    if not mol.router.norm_topk_prob:
+        output = output + (1 - weights.sum(dim=-1, keepdim=True)) * mol.Wo(mol.gated(mol.Wi(states)))
+    return output.view_as(hidden_states)

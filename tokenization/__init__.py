@@ -1,0 +1,4 @@
+from .tokenization_modernalbert import load_tokenizer, padded_vocab_size, save_tokenizer, train_tokenizer
+
+
+__all__ = ["load_tokenizer", "padded_vocab_size", "save_tokenizer", "train_tokenizer"]
