@@ -82,9 +82,10 @@ PRESETS = {
 
 @strict
 class ModernAlbertConfig(PreTrainedConfig):
-    r"""
-    Configuration of a ModernALBERT encoder. The defaults are the `tiny` preset (51M parameters); other sizes come
-    from [`ModernAlbertConfig.preset`]. Fields that are not listed are transformers' own.
+    """Configuration of a ModernALBERT encoder.
+
+    The defaults are the `tiny` preset (51M parameters); other sizes come from [`ModernAlbertConfig.preset`]. Fields
+    that are not listed are transformers' own.
 
     Args:
         vocab_size (`int`): Rows of the embedding table; ModernBERT's tokenizer, padded to a multiple of 64.

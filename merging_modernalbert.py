@@ -11,8 +11,6 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Configuration of ModernALBERT: the fields, the presets, the parameter count, and every rule between fields."""
-
 """Expert merging: the experts of a MoL group become one adapter, or part of the shared projections."""
 
 from collections.abc import Callable

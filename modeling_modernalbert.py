@@ -11,8 +11,6 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Configuration of ModernALBERT: the fields, the presets, the parameter count, and every rule between fields."""
-
 """ModernALBERT, top to bottom in the order data flows.
 
 Padding is removed once before the first layer and put back once after the last, so that every projection, norm and
@@ -54,6 +52,13 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_modernalbert import ModernAlbertConfig
 from .merging_modernalbert import merge_experts
+from .mixture_modernalbert import (
+    ModernAlbertExperts,
+    ModernAlbertMLP,
+    ModernAlbertMoL,
+    ModernAlbertRouter,
+    load_balancing_loss,
+)
 
 
 try:  # torch's own variable-length FlashAttention
@@ -130,6 +135,11 @@ class TextLayout(NamedTuple):
     shape: tuple[int, int]
     attention: str
 
+    @property
+    def text_ids(self) -> torch.Tensor:
+        """Number of the text that each token belongs to, `[tokens]`."""
+        return torch.arange(len(self.lengths), device=self.indices.device).repeat_interleave(self.cu_seq_lens.diff())
+
     def pad(self, tokens: torch.Tensor) -> torch.Tensor:
         """`[tokens, ...]` back to `[batch, seq, ...]`, 0 at padding."""
         batch, seq = self.shape
@@ -154,7 +164,8 @@ def find_texts(
     `cu_seq_lens` says.
 
     Returns:
-        `indices` and `cu_seq_lens` of [`TextLayout`], or None where every row is one text without padding.
+        `indices` and `cu_seq_lens` of [`TextLayout`]; None where every row is one text without padding, or where
+        there is no real token at all.
     """
     batch, seq = shape
     packed = position_ids is not None and bool((position_ids[:, 1:] == 0).any())
@@ -165,8 +176,9 @@ def find_texts(
         indices = indices[attention_mask.flatten().bool()]
     if cu_seq_lens is not None:
         return indices, cu_seq_lens.to(torch.int32)
-    rows = indices // seq
-    starts = F.pad(rows.diff() != 0, (1, 0), value=True)[: len(rows)]
+    if len(indices) == 0:
+        return None
+    starts = F.pad((indices // seq).diff() != 0, (1, 0), value=True)
     if packed:
         starts |= position_ids.expand(batch, seq).flatten()[indices] == 0
     starts = starts.nonzero().flatten()
@@ -174,7 +186,7 @@ def find_texts(
 
 
 def same_text(
-    text_ids: torch.Tensor | None, position_ids: torch.Tensor | None, window: int | None
+    text_ids: torch.Tensor | None, position_ids: torch.Tensor, window: int | None
 ) -> Callable[..., torch.Tensor]:
     """Mask function of the library: a query sees keys of its own text, at most `window` positions away."""
 
@@ -346,211 +358,6 @@ class ModernAlbertAttention(nn.Module):
         return output, weights
 
 
-class ModernAlbertMLP(nn.Module):
-    """Gated feed-forward layer, `Wo (act(gate) * value)` with `gate, value = Wi h`."""
-
-    def __init__(self, config: ModernAlbertConfig, intermediate_size: int):
-        super().__init__()
-        self.Wi = nn.Linear(config.hidden_size, 2 * intermediate_size, bias=False)
-        self.act = ACT2FN[config.hidden_activation]
-        self.Wo = nn.Linear(intermediate_size, config.hidden_size, bias=False)
-        self.Wo.init_std = config.initializer_range / math.sqrt(2 * config.num_hidden_layers)
-        self.drop = nn.Dropout(config.mlp_dropout)
-
-    def gated(self, projected: torch.Tensor) -> torch.Tensor:
-        """`[..., 2 * intermediate]` to `[..., intermediate]`."""
-        gate, value = projected.chunk(2, dim=-1)
-        return self.act(gate) * value
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.drop(self.Wo(self.gated(self.Wi(hidden_states))))
-
-
-class ModernAlbertRouter(nn.Module):
-    """Chooses the experts of every token and weighs them.
-
-    Linear without bias, softmax in float32, top-k. In training its input, and nothing else, is multiplied by uniform
-    noise in `1 ± router_jitter_noise` (Switch Transformer).
-    """
-
-    def __init__(self, config: ModernAlbertConfig):
-        super().__init__()
-        self.num_experts_per_tok = config.num_experts_per_tok
-        self.norm_topk_prob = config.norm_topk_prob
-        self.jitter_noise = config.router_jitter_noise
-        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
-
-    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`[tokens, hidden]` to logits `[tokens, experts]`, weights and experts `[tokens, k]`."""
-        hidden_states = hidden_states.to(self.weight.dtype)
-        if self.training and self.jitter_noise > 0:
-            noise = torch.empty_like(hidden_states).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
-            hidden_states = hidden_states * noise
-        # Autocast would take the logits to half precision and flip close choices.
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            logits = F.linear(hidden_states, self.weight)
-        probabilities = logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-        weights, experts = probabilities.topk(self.num_experts_per_tok, dim=-1)
-        if self.norm_topk_prob:
-            weights = weights / weights.sum(dim=-1, keepdim=True)
-        return logits, weights, experts
-
-
-class ModernAlbertExperts(nn.Module):
-    """LoRA pairs of every expert, on the input projection and on the output projection.
-
-    `in_A [E, r, H]`, `in_B [E, 2I, r]`, `out_A [E, r, I]`, `out_B [E, H, r]`; the A as PEFT starts them, the B at 0, so
-    that a new mixture equals its shared layer.
-    """
-
-    def __init__(self, config: ModernAlbertConfig):
-        super().__init__()
-        hidden, width = config.hidden_size, config.mol_intermediate_size
-        experts, rank = config.num_experts, config.expert_rank
-        self.scaling = config.expert_alpha / rank
-        self.in_A = nn.Parameter(torch.empty(experts, rank, hidden))
-        self.in_B = nn.Parameter(torch.empty(experts, 2 * width, rank))
-        self.out_A = nn.Parameter(torch.empty(experts, rank, width))
-        self.out_B = nn.Parameter(torch.empty(experts, hidden, rank))
-
-
-def mix_dense(gated, scaling, projected, low, weights, experts, in_B, out_A):
-    """Mixture with static shapes: slot by slot, an expert's part of `low` kept and the others' masked to 0.
-
-    Args:
-        gated: Activation, `[tokens, 2I]` to `[tokens, I]`.
-        scaling: LoRA alpha / r.
-        projected: Shared input projection, `[tokens, 2I]`.
-        low: Input projected by all `in_A`, `[tokens, E, r]`.
-        weights: Router weights, `[tokens, k]`.
-        experts: Chosen experts, int64 `[tokens, k]`.
-        in_B: `[E, 2I, r]`.
-        out_A: `[E, r, I]`.
-
-    Returns:
-        `sum_e p_e a_e` of shape `[tokens, I]`, and `p_e A2_e a_e` for each chosen expert, else 0, `[tokens, E, r]`.
-    """
-    chosen = F.one_hot(experts, low.shape[1]).to(low.dtype)[..., None]  # [tokens, k, E, 1]
-    in_B = in_B.transpose(1, 2).flatten(0, 1)  # [E * r, 2I]
-    activated, low_out = 0, 0
-    for slot in range(experts.shape[1]):
-        delta = torch.mm((low * chosen[:, slot]).flatten(1), in_B)
-        part = weights[:, slot, None] * gated(projected + scaling * delta)
-        activated = activated + part
-        low_out = low_out + F.linear(part, out_A.flatten(0, 1)).view_as(low) * chosen[:, slot]
-    return activated, low_out
-
-
-class GroupedMixture(torch.autograd.Function):
-    """[`mix_dense`], expert by expert over the tokens that chose it: the fast form on a CPU.
-
-    Works through chunks that fit the cache, and keeps nothing between the two passes but its inputs: the backward pass
-    repeats a chunk and differentiates it.
-    """
-
-    chunk_size = 128
-
-    @staticmethod
-    def chunks(experts: torch.Tensor, num_experts: int):
-        """For each chunk: the expert, its tokens, and their slots in the flattened `[tokens * k]`."""
-        flat = experts.flatten()
-        counts = torch.bincount(flat, minlength=num_experts).tolist()
-        for expert, slots in enumerate(flat.argsort(stable=True).split(counts)):
-            for chunk in slots.split(GroupedMixture.chunk_size) if len(slots) else ():
-                yield expert, chunk // experts.shape[1], chunk
-
-    @staticmethod
-    def mix(gated, corrected, weights, out_A):
-        part = gated(corrected) * weights[:, None]
-        return part, F.linear(part, out_A)  # [chunk, I], [chunk, r]
-
-    @staticmethod
-    def forward(ctx, gated, scaling, projected, low, weights, experts, in_B, out_A):
-        ctx.gated, ctx.scaling = gated, scaling
-        ctx.save_for_backward(projected, low, weights, experts, in_B, out_A)
-        activated = projected.new_zeros(len(projected), out_A.shape[-1])
-        low_out = torch.zeros_like(low)
-        flat_weights = weights.flatten()
-        for expert, tokens, slots in GroupedMixture.chunks(experts, len(in_B)):
-            corrected = projected[tokens].addmm_(low[tokens, expert], in_B[expert].t(), alpha=scaling)
-            part, part_low = GroupedMixture.mix(gated, corrected, flat_weights[slots], out_A[expert])
-            activated.index_add_(0, tokens, part)
-            low_out[tokens, expert] = part_low
-        return activated, low_out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_activated, grad_low_out):
-        projected, low, weights, experts, in_B, out_A = ctx.saved_tensors
-        flat_weights = weights.flatten()
-        # An expert without tokens gets a gradient of 0, not none.
-        grad_projected, grad_low, grad_weights, grad_in_B, grad_out_A = (
-            torch.zeros_like(tensor) for tensor in (projected, low, flat_weights, in_B, out_A)
-        )
-        for expert, tokens, slots in GroupedMixture.chunks(experts, len(in_B)):
-            chunk_low = low[tokens, expert]
-            corrected = projected[tokens].addmm_(chunk_low, in_B[expert].t(), alpha=ctx.scaling)
-            with torch.enable_grad():
-                inputs = [t.detach().requires_grad_() for t in (corrected, flat_weights[slots], out_A[expert])]
-                outputs = GroupedMixture.mix(ctx.gated, *inputs)
-            grad_corrected, grad_weights[slots], grad_A = torch.autograd.grad(
-                outputs, inputs, (grad_activated[tokens], grad_low_out[tokens, expert])
-            )
-            grad_projected.index_add_(0, tokens, grad_corrected)
-            grad_low[tokens, expert] = ctx.scaling * (grad_corrected @ in_B[expert])
-            grad_in_B[expert].addmm_(grad_corrected.t(), chunk_low, alpha=ctx.scaling)
-            grad_out_A[expert] += grad_A
-        return None, None, grad_projected, grad_low, grad_weights.view_as(weights), None, grad_in_B, grad_out_A
-
-
-class ModernAlbertMoL(ModernAlbertMLP):
-    r"""Mixture of LoRAs: a shared feed-forward layer whose two projections every chosen expert corrects.
-
-    With shared projections `W_i`, `W_o`, experts `(A1, B1, A2, B2)_e`, `s = expert_alpha / expert_rank` and router
-    weights `p_e` of the chosen experts S, the layer is the mixture of feed-forward *outputs*
-
-        MoL(h) = sum_{e in S} p_e (W_o + s B2_e A2_e) geglu((W_i + s B1_e A1_e) h)
-
-    Both projections are linear, so that it is computed exactly with each of them once for a token, however many
-    experts it chose:
-
-        u = W_i h,    a_e = geglu(u + s B1_e A1_e h),    MoL(h) = W_o (sum_e p_e a_e) + s sum_e B2_e A2_e p_e a_e
-
-    Where the weights do not sum to one (`norm_topk_prob=False`), the rest goes to the shared layer's own `geglu(u)`.
-    One expert means a single adapter and no router. The mixture is the paper's; the cheap form is ours.
-    """
-
-    def __init__(self, config: ModernAlbertConfig):
-        super().__init__(config, config.mol_intermediate_size)
-        self.experts = ModernAlbertExperts(config)
-        self.router = ModernAlbertRouter(config) if config.num_experts > 1 else None
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        states = hidden_states.flatten(0, -2)  # [tokens, hidden]
-        in_A, in_B, out_A, out_B = self.experts.in_A, self.experts.in_B, self.experts.out_A, self.experts.out_B
-        projected = self.Wi(states)  # [tokens, 2 * intermediate]
-        low = F.linear(states, in_A.flatten(0, 1)).unflatten(-1, in_A.shape[:2])  # [tokens, experts, rank]
-        if self.router is None:
-            weights = states.new_ones(len(states), 1)
-            experts = torch.zeros_like(weights, dtype=torch.long)
-        else:
-            _, weights, experts = self.router(states)
-
-        grouped = self.router is not None and states.device.type == "cpu" and not is_tracing(states)
-        mix = GroupedMixture.apply if grouped else mix_dense
-        weights = weights.to(projected.dtype)
-        in_B, out_A = in_B.to(projected.dtype), out_A.to(projected.dtype)
-        activated, low_out = mix(
-            self.gated, self.experts.scaling, projected, low.to(projected.dtype), weights, experts, in_B, out_A
-        )
-        if self.router is not None and not self.router.norm_topk_prob:
-            activated = activated + (1 - weights.sum(dim=-1, keepdim=True)) * self.gated(projected)
-
-        out_B = out_B.transpose(1, 2).flatten(0, 1).to(low_out.dtype)  # [experts * rank, hidden]
-        output = self.Wo(activated) + self.experts.scaling * (low_out.flatten(1) @ out_B)
-        return self.drop(output.view_as(hidden_states))
-
-
 class ModernAlbertLayer(GradientCheckpointingLayer):
     """Pre-norm block. It is registered once and runs as often as its group is deep."""
 
@@ -569,43 +376,6 @@ class ModernAlbertLayer(GradientCheckpointingLayer):
     def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
         hidden_states = hidden_states + self.attn(self.attn_norm(hidden_states), **kwargs)[0]
         return hidden_states + self.mlp(self.mlp_norm(hidden_states))
-
-
-def load_balancing_loss(
-    router_logits: tuple[torch.Tensor, ...],
-    num_groups: int,
-    num_experts_per_tok: int,
-    attention_mask: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Load-balancing loss of Switch Transformer (section 2.2), `E * sum_e f_e P_e`, averaged over the MoL groups.
-
-    `f_e` is the share of all choices that fell on expert e, `P_e` its mean router probability; both run over real
-    tokens and over all depths of a group. So it is 1 where the load is even, whatever k is, and asks for balance over
-    the depths of a group together, as MoEUT does: an expert may serve one depth more than another. The paper does not
-    state its formula.
-
-    Args:
-        router_logits: For every executed MoL layer, `[batch, seq, num_experts]`.
-        num_groups: MoL groups; each has executed `len(router_logits) / num_groups` layers in a row.
-        num_experts_per_tok: Experts that a token chooses.
-        attention_mask: 0 at padding, `[batch, seq]`.
-
-    Returns:
-        Scalar, float32 at least.
-    """
-    device = router_logits[0].device
-    logits = torch.stack([layer.to(device) for layer in router_logits])  # [layers, batch, seq, experts]
-    logits = logits.unflatten(0, (num_groups, -1))  # [groups, depth, batch, seq, experts]
-    probabilities = logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-    num_experts = logits.shape[-1]
-    chosen = F.one_hot(probabilities.topk(num_experts_per_tok, dim=-1).indices, num_experts).sum(dim=-2)
-    real = torch.ones_like(probabilities[..., :1])
-    if attention_mask is not None:
-        real = real * attention_mask.to(device, real.dtype)[..., None]
-    count = real.sum(dim=(1, 2, 3)).clamp(min=1)  # [groups, 1]
-    load = (chosen * real).sum(dim=(1, 2, 3)) / (num_experts_per_tok * count)
-    probability = (probabilities * real).sum(dim=(1, 2, 3)) / count
-    return (num_experts * (load * probability).sum(dim=-1)).mean()
 
 
 @auto_docstring
@@ -722,64 +492,49 @@ class ModernAlbertModel(ModernAlbertPreTrainedModel):
         inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, embedding_size)`, *optional*):
             Rows of the embedding table (width `embedding_size`) in place of `input_ids`.
         """
-        traced = is_tracing(input_ids if input_ids is not None else inputs_embeds)
-        self.check_inputs(input_ids, inputs_embeds, attention_mask, position_ids, traced)
         inputs = input_ids if input_ids is not None else inputs_embeds
-        batch, seq = inputs.shape[:2]
+        traced = is_tracing(inputs)
+        self.check_inputs(input_ids, inputs_embeds, attention_mask, position_ids, traced)
+        # A traced graph has static shapes, and a mask of the caller's own is made for rows: both keep their padding.
+        keep_rows = traced or (attention_mask is not None and attention_mask.dim() == 4)
+        packed = keep_rows and position_ids is not None
         cu_seq_lens = kwargs.pop("cu_seq_lens_q", None)
         for name in ("cu_seq_lens_k", "max_length_q", "max_length_k"):
             kwargs.pop(name, None)
 
+        shape = inputs.shape[:2]
         texts = None
-        rows_only = traced or (attention_mask is not None and attention_mask.dim() == 4)
-        if not rows_only:
-            texts = find_texts((batch, seq), inputs.device, attention_mask, position_ids, cu_seq_lens)
-        layout = None
-        if texts is not None and len(texts[0]):
+        if not keep_rows:
+            texts = find_texts(shape, inputs.device, attention_mask, position_ids, cu_seq_lens)
+        if texts is not None:
             indices, cu_seq_lens = texts
-            lengths = cu_seq_lens.diff().tolist()
-            layout = TextLayout(indices, cu_seq_lens, lengths, (batch, seq), self.attention_over_texts(inputs_embeds))
-            self.check_length(max(lengths))
-            text_ids = torch.arange(len(lengths), device=inputs.device).repeat_interleave(cu_seq_lens.diff())
+            layout = TextLayout(indices, cu_seq_lens, cu_seq_lens.diff().tolist(), shape, self.attention_over_texts())
+            self.check_length(max(layout.lengths))
             if position_ids is None:
-                positions = torch.arange(len(indices), device=inputs.device) - cu_seq_lens[text_ids]
+                position_ids = torch.arange(len(indices), device=inputs.device) - cu_seq_lens[layout.text_ids]
             else:
-                positions = position_ids.expand(batch, seq).flatten()[indices]
-            hidden_states = self.embeddings(
-                None if input_ids is None else layout.unpad(input_ids)[None],
-                None if inputs_embeds is None else layout.unpad(inputs_embeds)[None],
-            )  # [1, tokens, hidden]
-            position_ids, rows = positions[None], (layout.pad(text_ids), layout.pad(positions))
+                position_ids = layout.unpad(position_ids.expand(shape))
+            position_ids = position_ids[None]  # [1, tokens]
+            input_ids, inputs_embeds = (
+                None if tensor is None else layout.unpad(tensor)[None] for tensor in (input_ids, inputs_embeds)
+            )
         else:
+            layout = None
             if not traced:
-                self.check_length(seq)
-            hidden_states = self.embeddings(input_ids, inputs_embeds)  # [batch, seq, hidden]
-            text_ids = None
-            if position_ids is None:
-                position_ids = torch.arange(seq, device=inputs.device)[None]
-                if attention_mask is not None and attention_mask.dim() == 2:
-                    position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-            elif rows_only:
-                text_ids = (position_ids == 0).cumsum(-1)
-            position_ids = position_ids.expand(batch, seq)
-            if text_ids is not None:
-                text_ids = text_ids.expand(batch, seq)
-            rows = (text_ids, position_ids)
+                self.check_length(shape[1])
+            if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+            elif position_ids is None:
+                position_ids = torch.arange(shape[1], device=inputs.device)[None]
+            position_ids = position_ids.expand(shape)
 
-        outputs = self.encode(
-            hidden_states,
-            layout,
-            masks={
-                layer_type: self.make_mask(layer_type, hidden_states, attention_mask, layout, *rows)
-                for layer_type in self.rotary_emb.layer_types
-            },
-            position_embeddings={
-                layer_type: self.rotary_emb(hidden_states, position_ids, layer_type)
-                for layer_type in self.rotary_emb.layer_types
-            },
-            **kwargs,
-        )
-        return self.restore(outputs, layout, (batch, seq), attention_mask)
+        hidden_states = self.embeddings(input_ids, inputs_embeds)  # [1, tokens, hidden] or [batch, seq, hidden]
+        masks, position_embeddings = {}, {}
+        for layer_type in self.rotary_emb.layer_types:
+            masks[layer_type] = self.make_mask(layer_type, hidden_states, attention_mask, layout, position_ids, packed)
+            position_embeddings[layer_type] = self.rotary_emb(hidden_states, position_ids, layer_type)
+        outputs = self.encode(hidden_states, layout, masks, position_embeddings, **kwargs)
+        return self.restore(outputs, layout, shape, attention_mask)
 
     @capture_outputs
     def encode(
@@ -814,49 +569,48 @@ class ModernAlbertModel(ModernAlbertPreTrainedModel):
             outputs.router_logits = tuple(logits.unflatten(0, shape) for logits in outputs.router_logits)
         return outputs
 
-    def attention_over_texts(self, inputs_embeds: torch.Tensor | None) -> str:
+    def attention_over_texts(self) -> str:
         """How attention runs over texts laid end to end; see [`TextLayout`]."""
         if is_flash_attention_requested(self.config):
             return "flash"
         weight = self.embeddings.projection.weight
-        if self.config._attn_implementation == "sdpa" and weight.device.type == "cpu":
+        device, dtype = weight.device.type, weight.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        if self.config._attn_implementation == "sdpa" and device == "cpu":
             return "each"
-        dtype = weight.dtype
-        if torch.is_autocast_enabled(weight.device.type):
-            dtype = torch.get_autocast_dtype(weight.device.type)
-        if (
-            self.config._attn_implementation == "sdpa"
-            and weight.device.type == "cuda"
-            and varlen_attn is not None
-            and dtype in (torch.float16, torch.bfloat16)
-            and not (self.training and self.config.attention_dropout > 0)
-        ):
+        half_on_cuda = device == "cuda" and dtype in (torch.float16, torch.bfloat16)
+        drops = self.training and self.config.attention_dropout > 0
+        if self.config._attn_implementation == "sdpa" and half_on_cuda and not drops and varlen_attn is not None:
             return "varlen"
         return "rows"
 
-    def make_mask(self, layer_type, hidden_states, attention_mask, layout, text_ids, position_ids):
-        """Mask of a layer type in the form that the attention implementation takes, or None."""
-        window = self.config.sliding_window if layer_type == "sliding_attention" else None
+    def make_mask(self, layer_type, hidden_states, attention_mask, layout, position_ids, packed):
+        """Mask of a layer type in the form that the attention implementation takes, or None.
+
+        `packed` says that rows which keep their padding may hold several texts.
+        """
         if attention_mask is not None and attention_mask.dim() == 4:
             return attention_mask
-        if layout is not None and layout.attention in ("flash", "varlen"):
-            return None
-        if layout is not None and layout.attention == "each":
-            longest = max(layout.lengths)
-            if window is None or longest <= window + 1:
-                return None
-            positions = torch.arange(longest, device=hidden_states.device)
-            return ((positions[:, None] - positions).abs() <= window)[None, None]
+        window = self.config.sliding_window if layer_type == "sliding_attention" else None
+        text_ids = (position_ids == 0).cumsum(-1) if packed else None
         rows = hidden_states
         if layout is not None:
+            if layout.attention in ("flash", "varlen"):
+                return None
+            if layout.attention == "each":  # a band that each text takes its corner of
+                longest = torch.arange(max(layout.lengths), device=hidden_states.device)
+                reach = None if window is None else (longest[:, None] - longest).abs() <= window
+                return None if reach is None or reach.all() else reach[None, None]
             rows = hidden_states.new_empty(*layout.shape, 0)
             if attention_mask is None:
                 attention_mask = layout.pad(torch.ones_like(layout.indices))
-            if len(layout.lengths) == layout.shape[0] and window is None:
+            text_ids, position_ids = layout.pad(layout.text_ids), layout.pad(position_ids[0])
+            if len(layout.lengths) == layout.shape[0]:
                 text_ids = None  # one text a row: padding says all
+        elif is_flash_attention_requested(self.config):
+            window = None  # the kernel has its own
         restricted = text_ids is not None or window is not None
-        if is_flash_attention_requested(self.config) and window is not None:
-            restricted = text_ids is not None  # the kernel has the window
         return create_bidirectional_mask(
             config=self.config,
             inputs_embeds=rows,
@@ -973,6 +727,11 @@ class ModernAlbertHeadModel(ModernAlbertPreTrainedModel):
         return (hidden_states * real[..., None]).sum(dim=1) / real.sum(dim=1, keepdim=True).clamp(min=1)
 
 
+def recorded(outputs: ModernAlbertModelOutput) -> dict:
+    """What a head hands on of the encoder's output."""
+    return {name: getattr(outputs, name) for name in ("hidden_states", "attentions", "aux_loss", "router_logits")}
+
+
 def count_labelled(labelled: torch.Tensor, num_items_in_batch: torch.Tensor | int | None):
     """Labelled items by which a loss is divided, and the share of them that is here.
 
@@ -1018,14 +777,11 @@ class ModernAlbertForMaskedLM(ModernAlbertHeadModel):
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ModernAlbertMaskedLMOutput:
         r"""
         labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
             Token ids to predict, -100 where there is no loss.
-        num_items_in_batch (`torch.Tensor` or `int`, *optional*):
-            Labels by which the summed loss is divided, where gradients of several batches accumulate.
         """
         outputs = self.run_encoder(
             labels is not None, attention_mask, kwargs,
@@ -1041,19 +797,12 @@ class ModernAlbertForMaskedLM(ModernAlbertHeadModel):
 
         loss = None
         if labels is not None:
-            items, share = count_labelled(labels != -100, num_items_in_batch)
+            items, share = count_labelled(labels != -100, kwargs.pop("num_items_in_batch", None))
             loss = self.loss_function(
                 logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=items, **kwargs
             )
             loss = self.total_loss(loss, outputs.aux_loss, share)
-        return ModernAlbertMaskedLMOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            aux_loss=outputs.aux_loss,
-            router_logits=outputs.router_logits,
-        )
+        return ModernAlbertMaskedLMOutput(loss=loss, logits=logits, **recorded(outputs))
 
 
 class ModernAlbertClassifierModel(ModernAlbertHeadModel):
@@ -1085,15 +834,12 @@ class ModernAlbertForSequenceClassification(ModernAlbertClassifierModel):
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ModernAlbertSequenceClassifierOutput:
         r"""
         labels (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, num_labels)`, *optional*):
             Integer classes (`[batch]`), or floats: values to regress on (`num_labels=1`, or
             `problem_type="regression"`), or 0 and 1 for each of several labels.
-        num_items_in_batch (`torch.Tensor` or `int`, *optional*):
-            Labels by which the summed loss is divided, where gradients of several batches accumulate.
         """
         outputs = self.run_encoder(
             labels is not None, attention_mask, kwargs,
@@ -1104,6 +850,7 @@ class ModernAlbertForSequenceClassification(ModernAlbertClassifierModel):
         loss = None
         if labels is not None:
             problem_type = self.infer_problem_type(labels)
+            num_items_in_batch = kwargs.pop("num_items_in_batch", None)
             if problem_type == "single_label_classification":
                 check_labels(labels.view(-1), logits.shape[:1], f"classes from 0 to {self.num_labels - 1}")
                 items, share = count_labelled(labels != -100, num_items_in_batch)
@@ -1123,14 +870,7 @@ class ModernAlbertForSequenceClassification(ModernAlbertClassifierModel):
             if problem_type != "single_label_classification":
                 loss = loss * share  # there the library's loss is a mean, whatever the batch is part of
             loss = self.total_loss(loss, outputs.aux_loss, share)
-        return ModernAlbertSequenceClassifierOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            aux_loss=outputs.aux_loss,
-            router_logits=outputs.router_logits,
-        )
+        return ModernAlbertSequenceClassifierOutput(loss=loss, logits=logits, **recorded(outputs))
 
     def infer_problem_type(self, labels: torch.Tensor) -> str:
         """transformers' rule: one output regresses, integers are classes, floats are several labels."""
@@ -1155,14 +895,11 @@ class ModernAlbertForTokenClassification(ModernAlbertClassifierModel):
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ModernAlbertTokenClassifierOutput:
         r"""
         labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
             Class of every token, -100 where there is no loss.
-        num_items_in_batch (`torch.Tensor` or `int`, *optional*):
-            Labels by which the summed loss is divided, where gradients of several batches accumulate.
         """
         outputs = self.run_encoder(
             labels is not None, attention_mask, kwargs,
@@ -1173,17 +910,10 @@ class ModernAlbertForTokenClassification(ModernAlbertClassifierModel):
         loss = None
         if labels is not None:
             check_labels(labels, logits.shape[:2], f"classes from 0 to {self.num_labels - 1}, -100 without loss")
-            items, share = count_labelled(labels != -100, num_items_in_batch)
+            items, share = count_labelled(labels != -100, kwargs.pop("num_items_in_batch", None))
             loss = self.loss_function(logits, labels, self.config, num_items_in_batch=items, **kwargs)
             loss = self.total_loss(loss, outputs.aux_loss, share)
-        return ModernAlbertTokenClassifierOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            aux_loss=outputs.aux_loss,
-            router_logits=outputs.router_logits,
-        )
+        return ModernAlbertTokenClassifierOutput(loss=loss, logits=logits, **recorded(outputs))
 
 
 @auto_docstring(custom_intro="ModernALBERT with a head for the first and the last token of an answer.")
@@ -1201,14 +931,11 @@ class ModernAlbertForQuestionAnswering(ModernAlbertClassifierModel):
         inputs_embeds: torch.Tensor | None = None,
         start_positions: torch.LongTensor | None = None,
         end_positions: torch.LongTensor | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ModernAlbertQuestionAnsweringOutput:
         r"""
         start_positions, end_positions (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
             First and last token of the answer. A position beyond the sequence has no loss.
-        num_items_in_batch (`torch.Tensor` or `int`, *optional*):
-            Answers by which the summed loss is divided, where gradients of several batches accumulate.
         """
         has_labels = start_positions is not None and end_positions is not None
         outputs = self.run_encoder(
@@ -1220,19 +947,15 @@ class ModernAlbertForQuestionAnswering(ModernAlbertClassifierModel):
 
         loss = None
         if has_labels:
-            items, share = count_labelled(start_positions < start_logits.shape[1], num_items_in_batch)
+            items, share = count_labelled(
+                start_positions < start_logits.shape[1], kwargs.pop("num_items_in_batch", None)
+            )
             loss = self.loss_function(
                 start_logits, end_logits, start_positions, end_positions, num_items_in_batch=items, **kwargs
             )
             loss = self.total_loss(loss, outputs.aux_loss, share)
         return ModernAlbertQuestionAnsweringOutput(
-            loss=loss,
-            start_logits=start_logits,
-            end_logits=end_logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            aux_loss=outputs.aux_loss,
-            router_logits=outputs.router_logits,
+            loss=loss, start_logits=start_logits, end_logits=end_logits, **recorded(outputs)
         )
 
 
@@ -1250,7 +973,6 @@ class ModernAlbertForMultipleChoice(ModernAlbertClassifierModel):
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ModernAlbertMultipleChoiceOutput:
         r"""
@@ -1258,8 +980,6 @@ class ModernAlbertForMultipleChoice(ModernAlbertClassifierModel):
             Tokens of every choice; masks, positions and embeddings have the same leading shape.
         labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
             The right choice.
-        num_items_in_batch (`torch.Tensor` or `int`, *optional*):
-            Labels by which the summed loss is divided, where gradients of several batches accumulate.
         """
         num_choices = (input_ids if input_ids is not None else inputs_embeds).shape[1]
         input_ids, attention_mask, position_ids, inputs_embeds = (
@@ -1276,17 +996,10 @@ class ModernAlbertForMultipleChoice(ModernAlbertClassifierModel):
         loss = None
         if labels is not None:
             check_labels(labels, logits.shape[:1], f"the right choice, from 0 to {num_choices - 1}")
-            items, share = count_labelled(labels != -100, num_items_in_batch)
+            items, share = count_labelled(labels != -100, kwargs.pop("num_items_in_batch", None))
             loss = F.cross_entropy(logits.float(), labels, reduction="sum") / items
             loss = self.total_loss(loss, outputs.aux_loss, share)
-        return ModernAlbertMultipleChoiceOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            aux_loss=outputs.aux_loss,
-            router_logits=outputs.router_logits,
-        )
+        return ModernAlbertMultipleChoiceOutput(loss=loss, logits=logits, **recorded(outputs))
 
 
 __all__ = [

@@ -28,7 +28,7 @@ from rich.table import Table
 from transformers import AlbertConfig, AutoModel, BertConfig, ModernBertConfig
 
 from modernalbert import ModernAlbertConfig
-from modernalbert.modeling_modernalbert import ModernAlbertExperts, ModernAlbertMLP, ModernAlbertMoL
+from modernalbert.mixture_modernalbert import ModernAlbertExperts, ModernAlbertMLP, ModernAlbertMoL
 
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
