@@ -10,9 +10,7 @@ On a CPU within a minute, from whatever text is at hand:
     python scripts/train_tokenizer.py --files "*.md" "docs/*.md" --vocab_size 1024 --output_dir tokenizer-tiny
 """
 
-import glob
 import logging
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -22,11 +20,10 @@ from datasets import load_dataset
 from transformers import HfArgumentParser
 
 from modernalbert.tokenization import padded_vocab_size, save_tokenizer, train_tokenizer
+from modernalbert.training.data import find_files
 
 
 logger = logging.getLogger(__name__)
-
-READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text", ".md": "text"}
 
 
 @dataclass
@@ -54,26 +51,6 @@ class TokenizerArguments:
     def __post_init__(self):
         if bool(self.files) == (self.dataset_name is not None):
             raise ValueError("give exactly one of `files` and `dataset_name`")
-
-
-def find_files(patterns: Sequence[str]) -> dict[str, list[str]]:
-    """Resolves paths and globs, and sorts the files by the `datasets` reader that opens them.
-
-    Raises:
-        FileNotFoundError: A pattern matches no file.
-        ValueError: A file has an ending for which there is no reader.
-    """
-    found = defaultdict(list)
-    for pattern in patterns:
-        paths = [path for path in sorted(glob.glob(pattern, recursive=True)) if Path(path).is_file()]
-        if not paths:
-            raise FileNotFoundError(f"`files`: no file matches '{pattern}'")
-        for path in paths:
-            reader = READERS.get(Path(path).suffix)
-            if reader is None:
-                raise ValueError(f"`files`: cannot read '{path}'; convert it to one of {', '.join(READERS)}")
-            found[reader].append(path)
-    return found
 
 
 def read_texts(args: TokenizerArguments) -> Iterator[str]:

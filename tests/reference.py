@@ -29,3 +29,28 @@ def naive_mol(mol, hidden_states):
     if not mol.router.norm_topk_prob:
         output = output + (1 - weights.sum(dim=-1, keepdim=True)) * mol.Wo(mol.gated(mol.Wi(states)))
     return output.view_as(hidden_states)
+
+
+def naive_load_balancing_loss(router_logits, num_experts_per_tok, real=None):
+    """Load-balancing loss token by token.
+
+    Takes a list of groups, each a list of the logits `[batch, seq, experts]` of its depths, and the real tokens as a
+    bool `[batch, seq]`.
+    """
+    losses = []
+    for depths in router_logits:
+        num_experts = depths[0].shape[-1]
+        load, probability = torch.zeros(num_experts).to(depths[0]), torch.zeros(num_experts).to(depths[0])
+        count = 0
+        for logits in depths:
+            for row in range(logits.shape[0]):
+                for place in range(logits.shape[1]):
+                    if real is not None and not real[row, place]:
+                        continue
+                    probabilities = logits[row, place].exp() / logits[row, place].exp().sum()
+                    for expert in probabilities.argsort(descending=True)[:num_experts_per_tok]:
+                        load[expert] += 1 / num_experts_per_tok
+                    probability = probability + probabilities
+                    count += 1
+        losses.append(num_experts * (load / count * probability / count).sum())
+    return sum(losses) / len(losses)

@@ -345,7 +345,7 @@ def test_script_streams_from_the_hub(script, tmp_path, monkeypatch):
     ("arguments", "error", "message"),
     [
         (["--files", "{}/missing*.txt"], FileNotFoundError, r"no file matches '.*missing\*\.txt'"),
-        (["--files", "{}/rows.csv"], ValueError, r"cannot read '.*rows\.csv'; convert it to one of \.parquet"),
+        (["--files", "{}/rows.xml"], ValueError, r"cannot read '.*rows\.xml'; convert it to one of \.parquet"),
         (["--files", "{}/rows.jsonl"], ValueError, "no column 'text', but 'body', 'n'"),
         (["--files", "{}/empty.txt"], ValueError, "nothing to train on"),
         ([], ValueError, "exactly one of `files` and `dataset_name`"),
@@ -354,7 +354,7 @@ def test_script_streams_from_the_hub(script, tmp_path, monkeypatch):
     ids=["missing-file", "unknown-ending", "missing-column", "empty-file", "no-source", "two-sources"],
 )
 def test_script_refuses(script, tmp_path, arguments, error, message):
-    (tmp_path / "rows.csv").write_text("body\nhello\n")
+    (tmp_path / "rows.xml").write_text("body\nhello\n")
     (tmp_path / "rows.jsonl").write_text('{"body": "hello", "n": 1}\n')
     (tmp_path / "empty.txt").touch()
     out = tmp_path / "out"

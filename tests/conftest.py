@@ -1,0 +1,72 @@
+import pytest
+import torch
+
+from modernalbert import ModernAlbertConfig, ModernAlbertModel
+
+
+# Every size differs from every other, so that a swapped dimension cannot go unseen.
+TINY = {
+    "vocab_size": 100,
+    "embedding_size": 16,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 4,
+    "num_hidden_groups": 2,
+    "mol_groups": [1],
+    "mol_intermediate_size": 40,
+    "num_experts": 4,
+    "expert_rank": 3,
+    "expert_alpha": 6,
+    "max_position_embeddings": 64,
+    "local_attention": 6,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "cls_token_id": 1,
+    "eos_token_id": 2,
+    "sep_token_id": 2,
+}
+
+
+def build_config(**overrides) -> ModernAlbertConfig:
+    return ModernAlbertConfig(**{**TINY, **overrides})
+
+
+@torch.no_grad()
+def fill_randomly(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Fills every parameter with random values of a size that keeps activations near one.
+
+    The initial weights hide mistakes: the experts' B are 0, norms are 1, and attention is almost uniform. The mean is
+    not 0, since symmetric values cancel.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        noise = 0.1 + torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        if parameter.dim() == 1:
+            noise = 0.2 * noise + ("norm" in name)
+        elif "embeddings" not in name or "projection" in name:
+            noise = noise * parameter.shape[-1] ** -0.5
+        parameter.copy_(noise)
+    return module
+
+
+@pytest.fixture(scope="session")
+def make_config():
+    """Configuration of the tiny model: 4 layers in 2 groups, the last one a MoL of 4 experts."""
+    return build_config
+
+
+@pytest.fixture(scope="session")
+def make_model():
+    """A tiny model with random weights, in evaluation mode."""
+
+    def make(model_class: type = ModernAlbertModel, *, dtype=torch.float32, seed: int = 0, **overrides):
+        return fill_randomly(model_class(build_config(**overrides)), seed).to(dtype).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def randomize():
+    """Fills the parameters of a module in place, see [`fill_randomly`]."""
+    return fill_randomly
