@@ -41,13 +41,13 @@ _LARGE_WIDTHS = {"hidden_size": 1024, "intermediate_size": 2624, "num_attention_
 PRESETS = {
     "nano": {
         "vocab_size": 8192,
-        "hidden_size": 256,
-        "intermediate_size": 384,
-        "num_attention_heads": 4,
+        "hidden_size": 192,
+        "intermediate_size": 288,
+        "num_attention_heads": 3,
         "num_hidden_layers": 6,
         "num_hidden_groups": 3,
         "mol_groups": [1, 2],
-        "mol_intermediate_size": 768,
+        "mol_intermediate_size": 576,
         "max_position_embeddings": 1024,
         "pad_token_id": 3,
         "bos_token_id": 1,
@@ -193,7 +193,7 @@ class ModernAlbertConfig(PreTrainedConfig):
 
     @classmethod
     def preset(cls, name: str, **overrides) -> "ModernAlbertConfig":
-        """Configuration of a named size: `nano` (4M), `tiny` (51M), `medium` (58M), `base` (76M), `large` (122M).
+        """Configuration of a named size: `nano` (3M), `tiny` (51M), `medium` (58M), `base` (76M), `large` (122M).
 
         `tiny` is the published work-in-progress configuration, with 8 experts of which a token takes 2. `medium`,
         `base` and `large` are reconstructions: of the paper's models of 55M, 75M and 120M parameters only widths,

@@ -209,8 +209,6 @@ class ModernAlbertEmbeddings(nn.Module):
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.embedding_size, padding_idx=config.pad_token_id)
         self.norm = nn.LayerNorm(config.embedding_size, eps=config.norm_eps, bias=False)
         self.projection = nn.Linear(config.embedding_size, config.hidden_size, bias=False)
-        # Normalised features have unit variance, and so shall the residual stream that they start.
-        self.projection.init_std = config.embedding_size**-0.5
         self.drop = nn.Dropout(config.embedding_dropout)
 
     def forward(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
@@ -338,20 +336,19 @@ class ModernAlbertAttention(nn.Module):
             # The library counts the token itself into the window of FlashAttention.
             sliding_window=None if window is None else window + 1,
         )
-        if layout is not None and layout.attention == "each":
-            outputs = []
-            for states in zip(*(s.split(layout.lengths, dim=1) for s in (query, key, value)), strict=True):
-                length = states[0].shape[1]
-                mask = None if attention_mask is None else attention_mask[:, :, :length, :length]
-                outputs.append(interface(self, *(s.transpose(1, 2) for s in states), mask, **kwargs)[0])
-            return torch.cat(outputs, dim=1), None
-
         if layout is not None and layout.attention == "rows":
             query, key, value = (layout.pad(states.squeeze(0)) for states in (query, key, value))
-        elif layout is not None:
+        elif layout is not None and layout.attention == "flash":
             kwargs.update(cu_seq_lens_q=layout.cu_seq_lens, cu_seq_lens_k=layout.cu_seq_lens)
             kwargs.update(max_length_q=max(layout.lengths), max_length_k=max(layout.lengths))
-        states = (states.transpose(1, 2) for states in (query, key, value))  # [batch, heads, seq, head_dim]
+        states = [states.transpose(1, 2) for states in (query, key, value)]  # [batch, heads, seq, head_dim]
+        if layout is not None and layout.attention == "each":
+            outputs = []
+            for text in zip(*(tensor.split(layout.lengths, dim=2) for tensor in states), strict=True):
+                length = text[0].shape[2]
+                mask = None if attention_mask is None else attention_mask[:, :, :length, :length]
+                outputs.append(interface(self, *text, mask, **kwargs)[0])
+            return torch.cat(outputs, dim=1), None
         output, weights = interface(self, *states, attention_mask, **kwargs)
         if layout is not None and layout.attention == "rows":
             output = layout.unpad(output).unsqueeze(0)

@@ -62,8 +62,8 @@ class QuickstartArguments:
     """Where to, and how much."""
 
     output_dir: str = field(default="runs/quickstart", metadata={"help": "Folder that receives everything; emptied."})
-    max_steps: int = field(default=550, metadata={"help": "Pretraining steps of 2048 tokens."})
-    sentences: int = field(default=12000, metadata={"help": "Sentences to fine-tune on."})
+    max_steps: int = field(default=400, metadata={"help": "Pretraining steps of 1024 tokens."})
+    sentences: int = field(default=6000, metadata={"help": "Sentences to fine-tune on."})
     seed: int = field(default=0, metadata={"help": "Seed of everything random."})
 
 
@@ -159,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
     console.rule("1. data and tokenizer")
     files = write_data(folder, args.sentences, args.seed)
-    vocabulary = ["--vocab_size", "4096", "--model_max_length", "1024", "--output_dir", path["tokenizer"]]
+    vocabulary = ["--vocab_size", "2048", "--model_max_length", "1024", "--output_dir", path["tokenizer"]]
     train_tokenizer.main(["--files", files["train"], *vocabulary])
     tokenizer = load_tokenizer(path["tokenizer"])
 
@@ -170,8 +170,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
     pretraining = pretrain.main(
         ["--preset", "nano", "--tokenizer", path["tokenizer"], "--output_dir", path["pretrained"]]
         + ["--train_files", files["train"], "--validation_files", files["validation"], "--max_length", "128"]
-        + ["--per_device_train_batch_size", "16", "--max_steps", str(args.max_steps), "--warmup_steps", "0.1"]
-        + ["--learning_rate", "2e-3", "--weight_decay", "0.01", *shared]
+        + ["--per_device_train_batch_size", "8", "--max_steps", str(args.max_steps), "--warmup_steps", "0.1"]
+        + ["--learning_rate", "3e-3", "--weight_decay", "0.01", *shared]
     )
 
     console.rule("3. fine-tuning: original or disturbed word order?")

@@ -50,20 +50,21 @@ def fill_randomly(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return module
 
 
+def build_model(model_class: type = ModernAlbertModel, *, dtype=torch.float32, seed: int = 0, **overrides):
+    """A tiny model with random weights, in evaluation mode."""
+    return fill_randomly(model_class(build_config(**overrides)), seed).to(dtype).eval()
+
+
 @pytest.fixture(scope="session")
 def make_config():
-    """Configuration of the tiny model: 4 layers in 2 groups, the last one a MoL of 4 experts."""
+    """Builds configurations of the tiny model: 4 layers in 2 groups, the last one a MoL of 4 experts."""
     return build_config
 
 
 @pytest.fixture(scope="session")
 def make_model():
-    """A tiny model with random weights, in evaluation mode."""
-
-    def make(model_class: type = ModernAlbertModel, *, dtype=torch.float32, seed: int = 0, **overrides):
-        return fill_randomly(model_class(build_config(**overrides)), seed).to(dtype).eval()
-
-    return make
+    """Builds tiny models with random weights, see [`build_model`]."""
+    return build_model
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from modernalbert import ModernAlbertConfig, ModernAlbertForMaskedLM, ModernAlbe
 from modernalbert.configuration_modernalbert import PRESETS
 
 
-SIZES_IN_MILLIONS = {"nano": (4, 5), "tiny": (50, 52), "medium": (55, 59), "base": (74, 78), "large": (117, 123)}
+SIZES_IN_MILLIONS = {"nano": (1, 5), "tiny": (50, 52), "medium": (55, 59), "base": (74, 78), "large": (117, 123)}
 
 
 def parameters_of_built_model(config):

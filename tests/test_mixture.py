@@ -147,8 +147,7 @@ def test_single_expert_is_an_adapter_on_both_projections(make_mol):
     mol = make_mol(num_experts=1)
     assert mol.router is None
     in_A, in_B, out_A, out_B = (
-        factor[0]
-        for factor in (mol.experts.in_A, mol.experts.in_B, mol.experts.out_A, mol.experts.out_B)
+        factor[0] for factor in (mol.experts.in_A, mol.experts.in_B, mol.experts.out_A, mol.experts.out_B)
     )
     scaling = 6 / 3  # alpha / rank of the tiny configuration
     states = random_states()

@@ -226,40 +226,40 @@ def test_bfloat16_trains(make_model, head):
 # ---- Initialisation
 
 
-def expected_initialisation(name):
-    """Distribution of a parameter of the nano preset with `initializer_range=0.05`: its kind, and its scale."""
+def expected_initialisation(config, name):
+    """Distribution that a parameter starts from: its kind, and its scale."""
     kinds = {
         "norm.weight": ("constant", 1.0),
         "in_B": ("constant", 0.0),
         "out_B": ("constant", 0.0),
         "bias": ("constant", 0.0),
-        "in_A": ("uniform", 256**-0.5),
-        "out_A": ("uniform", 768**-0.5),
+        "in_A": ("uniform", config.hidden_size**-0.5),
+        "out_A": ("uniform", config.mol_intermediate_size**-0.5),
         "tok_embeddings.weight": ("normal", 0.05),
-        "embeddings.projection.weight": ("normal", 128**-0.5),
+        "embeddings.projection.weight": ("normal", config.embedding_size**-0.5),
         "Wqkv.weight": ("normal", 0.05),
         "Wi.weight": ("normal", 0.05),
-        "Wo.weight": ("normal", 0.05 / math.sqrt(2 * 6)),
+        "Wo.weight": ("normal", 0.05 / math.sqrt(2 * config.num_hidden_layers)),
         "router.weight": ("normal", 0.05),
-        "head.dense.weight": ("normal", 256**-0.5),
-        "classifier.weight": ("normal", 256**-0.5),
+        "head.dense.weight": ("normal", config.hidden_size**-0.5),
+        "classifier.weight": ("normal", config.hidden_size**-0.5),
         "decoder.weight": ("normal", 0.05),
     }
     (kind,) = (kind for suffix, kind in kinds.items() if name.endswith(suffix))
     return kind
 
 
-def assert_initialised(name, tensor):
-    kind, scale = expected_initialisation(name)
+def assert_initialised(config, name, tensor):
+    kind, scale = expected_initialisation(config, name)
     if kind == "constant":
         torch.testing.assert_close(tensor, torch.full_like(tensor, scale), rtol=0, atol=0, msg=name)
         return
     if name.endswith("tok_embeddings.weight"):
-        assert tensor[3].count_nonzero() == 0  # padding
+        assert tensor[config.pad_token_id].count_nonzero() == 0
     std = scale if kind == "normal" else scale / math.sqrt(3)
     assert tensor.std().item() == pytest.approx(std, rel=0.08), name
     assert abs(tensor.mean().item()) < 0.1 * std, name
-    # Six standard deviations against sqrt(3) of them.
+    # A normal distribution reaches beyond the bound of a uniform one.
     assert (tensor.abs().max() <= scale) == (kind == "uniform"), name
 
 
@@ -273,7 +273,7 @@ def nano():
 def test_initial_weights(nano, model_class):
     torch.manual_seed(0)
     for name, parameter in model_class(nano).named_parameters():
-        assert_initialised(name, parameter.detach())
+        assert_initialised(nano, name, parameter.detach())
 
 
 @pytest.mark.parametrize("model_class", [ModernAlbertForMaskedLM, ModernAlbertForTokenClassification])
@@ -290,7 +290,7 @@ def test_loading_initialises_what_is_missing_and_nothing_else(nano, model_class,
         if name in partial:
             torch.testing.assert_close(tensor, source[name], rtol=0, atol=0, msg=name)
         else:
-            assert_initialised(name, tensor)
+            assert_initialised(nano, name, tensor)
 
 
 def test_tied_decoder_is_the_embedding_table(make_config):
@@ -313,7 +313,10 @@ def test_hidden_states(make_model, implementation, padded):
     assert output.hidden_states[-1] is output.last_hidden_state or torch.equal(
         output.hidden_states[-1], output.last_hidden_state
     )
-    differences = [(after - before).abs().max() for before, after in zip(*(output.hidden_states[i:] for i in (0, 1)), strict=False)]
+    differences = [
+        (after - before).abs().max()
+        for before, after in zip(*(output.hidden_states[i:] for i in (0, 1)), strict=False)
+    ]
     assert min(differences) > 0.1
     if padded:
         padding = batch["attention_mask"] == 0
@@ -414,9 +417,7 @@ def test_labels_may_have_a_column(make_model, head, labels_have_a_column):
 
 def test_integer_labels_are_converted_where_the_problem_needs_floats(make_model):
     batch = labelled_batch("multi_label")
-    model = make_model(
-        ModernAlbertForSequenceClassification, num_labels=3, problem_type="multi_label_classification"
-    )
+    model = make_model(ModernAlbertForSequenceClassification, num_labels=3, problem_type="multi_label_classification")
     output = model(**{**batch, "labels": batch["labels"].long()})
     torch.testing.assert_close(output.loss, expected_loss("multi_label", output, batch), rtol=1e-5, atol=1e-6)
 

@@ -6,6 +6,8 @@ The tests come from the source distribution of the installed transformers, which
 where a test of ours fails, or is skipped although ModernBERT passes it.
 """
 
+# ruff: noqa: T201
+
 import os
 import subprocess
 import sys
