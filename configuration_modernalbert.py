@@ -275,8 +275,19 @@ class ModernAlbertConfig(PreTrainedConfig):
         decoder = 0 if self.tie_word_embeddings else self.vocab_size * embedding
         return embeddings + groups + hidden + head + decoder
 
-    def validate_sizes(self):
-        """Counts and widths are positive, fractions lie in their range, tokens in the vocabulary."""
+    def validate_recursion(self):
+        """The executed layers divide into the groups."""
+        if self.num_hidden_layers % self.num_hidden_groups:
+            raise ValueError(
+                f"`num_hidden_layers` ({self.num_hidden_layers}) must be a multiple of `num_hidden_groups` "
+                f"({self.num_hidden_groups}), since every group runs equally often; change one of them"
+            )
+
+    def validate_architecture(self):
+        """Counts and widths are positive, fractions lie in their range, tokens in the vocabulary.
+
+        Validators run in the order of their names: this one before those that divide.
+        """
         for name in (
             *("vocab_size", "embedding_size", "hidden_size", "intermediate_size", "num_attention_heads"),
             *("num_hidden_layers", "num_hidden_groups", "mol_intermediate_size", "max_position_embeddings"),
@@ -291,14 +302,7 @@ class ModernAlbertConfig(PreTrainedConfig):
                 f"`pad_token_id` ({self.pad_token_id}) must be below `vocab_size` ({self.vocab_size}); pass the "
                 "`pad_token_id` of your tokenizer, or None"
             )
-
-    def validate_recursion(self):
-        """The executed layers divide into the groups."""
-        if self.num_hidden_layers % self.num_hidden_groups:
-            raise ValueError(
-                f"`num_hidden_layers` ({self.num_hidden_layers}) must be a multiple of `num_hidden_groups` "
-                f"({self.num_hidden_groups}), since every group runs equally often; change one of them"
-            )
+        super().validate_architecture()
 
     def validate_attention(self):
         """Heads split the width evenly, RoPE rotates pairs, and layers are of a type that an encoder has."""

@@ -18,6 +18,7 @@ the hidden size, `I` the intermediate size.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -76,24 +77,6 @@ class ModernAlbertRouter(nn.Module):
         if self.norm_topk_prob:
             weights = weights / weights.sum(dim=-1, keepdim=True)
         return logits, weights, experts
-
-
-class ModernAlbertExperts(nn.Module):
-    """LoRA pairs of every expert, on the input projection and on the output projection.
-
-    `in_A [E, r, H]`, `in_B [E, 2I, r]`, `out_A [E, r, I]`, `out_B [E, H, r]`; the A as PEFT starts them, the B at 0, so
-    that a new mixture equals its shared layer.
-    """
-
-    def __init__(self, config: ModernAlbertConfig):
-        super().__init__()
-        hidden, width = config.hidden_size, config.mol_intermediate_size
-        experts, rank = config.num_experts, config.expert_rank
-        self.scaling = config.expert_alpha / rank
-        self.in_A = nn.Parameter(torch.empty(experts, rank, hidden))
-        self.in_B = nn.Parameter(torch.empty(experts, 2 * width, rank))
-        self.out_A = nn.Parameter(torch.empty(experts, rank, width))
-        self.out_B = nn.Parameter(torch.empty(experts, hidden, rank))
 
 
 def mix_dense(gated, scaling, projected, low, weights, experts, in_B, out_A):
@@ -185,6 +168,56 @@ class GroupedMixture(torch.autograd.Function):
         return None, None, grad_projected, grad_low, grad_weights.view_as(weights), None, grad_in_B, grad_out_A
 
 
+class ModernAlbertExperts(nn.Module):
+    """LoRA pairs of every expert, on the input projection and on the output projection.
+
+    `in_A [E, r, H]`, `in_B [E, 2I, r]`, `out_A [E, r, I]`, `out_B [E, H, r]`; the A as PEFT starts them, the B at 0, so
+    that a new mixture equals its shared layer.
+    """
+
+    def __init__(self, config: ModernAlbertConfig):
+        super().__init__()
+        hidden, width = config.hidden_size, config.mol_intermediate_size
+        experts, rank = config.num_experts, config.expert_rank
+        self.scaling = config.expert_alpha / rank
+        self.in_A = nn.Parameter(torch.empty(experts, rank, hidden))
+        self.in_B = nn.Parameter(torch.empty(experts, 2 * width, rank))
+        self.out_A = nn.Parameter(torch.empty(experts, rank, width))
+        self.out_B = nn.Parameter(torch.empty(experts, hidden, rank))
+
+    def forward(
+        self,
+        states: torch.Tensor,
+        projected: torch.Tensor,
+        weights: torch.Tensor,
+        chosen: torch.Tensor,
+        gated: Callable[[torch.Tensor], torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mixture of the corrected activations, and the correction of the output.
+
+        Args:
+            states: Input of the layer, `[tokens, H]`.
+            projected: Its shared projection, `[tokens, 2I]`.
+            weights: Router weights, `[tokens, k]`.
+            chosen: Chosen experts, int64 `[tokens, k]`.
+            gated: Activation, `[tokens, 2I]` to `[tokens, I]`.
+
+        Returns:
+            `sum_e p_e a_e`, `[tokens, I]`, and `s sum_e B2_e A2_e p_e a_e`, `[tokens, H]`.
+        """
+        dtype = projected.dtype  # of lower precision than the parameters under autocast
+        low = F.linear(states, self.in_A.flatten(0, 1)).to(dtype)
+        low = low.unflatten(-1, self.in_A.shape[:2])  # [tokens, E, r]
+        grouped = len(self.in_A) > 1 and states.device.type == "cpu" and not is_tracing(states)
+        mix = GroupedMixture.apply if grouped else mix_dense
+        activated, low_out = mix(
+            *(gated, self.scaling, projected, low, weights.to(dtype), chosen),
+            *(self.in_B.to(dtype), self.out_A.to(dtype)),
+        )
+        out_B = self.out_B.transpose(1, 2).flatten(0, 1).to(dtype)  # [E * r, H]
+        return activated, self.scaling * (low_out.flatten(1) @ out_B)
+
+
 class ModernAlbertMoL(ModernAlbertMLP):
     r"""Mixture of LoRAs: a shared feed-forward layer whose two projections every chosen expert corrects.
 
@@ -209,27 +242,17 @@ class ModernAlbertMoL(ModernAlbertMLP):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         states = hidden_states.flatten(0, -2)  # [tokens, hidden]
-        in_A, in_B, out_A, out_B = self.experts.in_A, self.experts.in_B, self.experts.out_A, self.experts.out_B
         projected = self.Wi(states)  # [tokens, 2 * intermediate]
-        low = F.linear(states, in_A.flatten(0, 1)).unflatten(-1, in_A.shape[:2])  # [tokens, experts, rank]
         if self.router is None:
             weights = states.new_ones(len(states), 1)
-            experts = torch.zeros_like(weights, dtype=torch.long)
+            chosen = torch.zeros_like(weights, dtype=torch.long)
         else:
-            _, weights, experts = self.router(states)
-
-        grouped = self.router is not None and states.device.type == "cpu" and not is_tracing(states)
-        mix = GroupedMixture.apply if grouped else mix_dense
-        weights = weights.to(projected.dtype)
-        in_B, out_A = in_B.to(projected.dtype), out_A.to(projected.dtype)
-        activated, low_out = mix(
-            self.gated, self.experts.scaling, projected, low.to(projected.dtype), weights, experts, in_B, out_A
-        )
+            _, weights, chosen = self.router(states)
+        activated, correction = self.experts(states, projected, weights, chosen, self.gated)
         if self.router is not None and not self.router.norm_topk_prob:
-            activated = activated + (1 - weights.sum(dim=-1, keepdim=True)) * self.gated(projected)
-
-        out_B = out_B.transpose(1, 2).flatten(0, 1).to(low_out.dtype)  # [experts * rank, hidden]
-        output = self.Wo(activated) + self.experts.scaling * (low_out.flatten(1) @ out_B)
+            rest = 1 - weights.sum(dim=-1, keepdim=True)
+            activated = activated + rest.to(projected.dtype) * self.gated(projected)
+        output = self.Wo(activated) + correction
         return self.drop(output.view_as(hidden_states))
 
 

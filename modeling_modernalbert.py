@@ -186,16 +186,20 @@ def find_texts(
 
 
 def same_text(
-    text_ids: torch.Tensor | None, position_ids: torch.Tensor, window: int | None
+    text_ids: torch.Tensor | None, places: torch.Tensor | None, window: int | None
 ) -> Callable[..., torch.Tensor]:
-    """Mask function of the library: a query sees keys of its own text, at most `window` positions away."""
+    """Mask function of the library: a query sees keys of its own text, at most `window` tokens away.
+
+    `text_ids` and `places` are `[batch, seq]`; places count real tokens, as FlashAttention does, whatever positions the
+    caller gives to RoPE.
+    """
 
     def mask_function(batch, head, query, key):
         seen = query >= 0
         if text_ids is not None:
             seen = seen & (text_ids[batch, query] == text_ids[batch, key])
         if window is not None:
-            seen = seen & ((position_ids[batch, query] - position_ids[batch, key]).abs() <= window)
+            seen = seen & ((places[batch, query] - places[batch, key]).abs() <= window)
         return seen
 
     return mask_function
@@ -459,6 +463,7 @@ class ModernAlbertPreTrainedModel(PreTrainedModel):
 class ModernAlbertModel(ModernAlbertPreTrainedModel):
     def __init__(self, config: ModernAlbertConfig):
         super().__init__(config)
+        config.validate()  # fields that `from_pretrained(..., field=value)` overrides are not validated there
         self.embeddings = ModernAlbertEmbeddings(config)
         self.rotary_emb = ModernAlbertRotaryEmbedding(config)
         self.layers = nn.ModuleList([ModernAlbertLayer(config, group) for group in range(config.num_hidden_groups)])
@@ -494,7 +499,6 @@ class ModernAlbertModel(ModernAlbertPreTrainedModel):
         self.check_inputs(input_ids, inputs_embeds, attention_mask, position_ids, traced)
         # A traced graph has static shapes, and a mask of the caller's own is made for rows: both keep their padding.
         keep_rows = traced or (attention_mask is not None and attention_mask.dim() == 4)
-        packed = keep_rows and position_ids is not None
         cu_seq_lens = kwargs.pop("cu_seq_lens_q", None)
         for name in ("cu_seq_lens_k", "max_length_q", "max_length_k"):
             kwargs.pop(name, None)
@@ -505,10 +509,13 @@ class ModernAlbertModel(ModernAlbertPreTrainedModel):
             texts = find_texts(shape, inputs.device, attention_mask, position_ids, cu_seq_lens)
         if texts is not None:
             indices, cu_seq_lens = texts
-            layout = TextLayout(indices, cu_seq_lens, cu_seq_lens.diff().tolist(), shape, self.attention_over_texts())
+            layout = TextLayout(
+                indices, cu_seq_lens, cu_seq_lens.diff().tolist(), shape, self.attention_over_texts(inputs.device)
+            )
+            text_ids = layout.text_ids
             self.check_length(max(layout.lengths))
             if position_ids is None:
-                position_ids = torch.arange(len(indices), device=inputs.device) - cu_seq_lens[layout.text_ids]
+                position_ids = torch.arange(len(indices), device=inputs.device) - cu_seq_lens[text_ids]
             else:
                 position_ids = layout.unpad(position_ids.expand(shape))
             position_ids = position_ids[None]  # [1, tokens]
@@ -516,19 +523,25 @@ class ModernAlbertModel(ModernAlbertPreTrainedModel):
                 None if tensor is None else layout.unpad(tensor)[None] for tensor in (input_ids, inputs_embeds)
             )
         else:
-            layout = None
             if not traced:
                 self.check_length(shape[1])
-            if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
-                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-            elif position_ids is None:
-                position_ids = torch.arange(shape[1], device=inputs.device)[None]
-            position_ids = position_ids.expand(shape)
+            layout = text_ids = None
+            places = torch.arange(shape[1], device=inputs.device).expand(shape)
+            real = torch.ones_like(places)
+            if attention_mask is not None and attention_mask.dim() == 2:
+                real = attention_mask.long()
+                places = (real.cumsum(-1) - 1).clamp(min=0)
+            if keep_rows and cu_seq_lens is not None:
+                text_ids = torch.searchsorted(cu_seq_lens[1:].to(places), places.contiguous(), right=True)
+                places = places - cu_seq_lens.to(places)[text_ids]
+            elif keep_rows and position_ids is not None:
+                text_ids = ((position_ids == 0) * real).cumsum(-1)
+            position_ids = places if position_ids is None else position_ids.expand(shape)
 
         hidden_states = self.embeddings(input_ids, inputs_embeds)  # [1, tokens, hidden] or [batch, seq, hidden]
         masks, position_embeddings = {}, {}
         for layer_type in self.rotary_emb.layer_types:
-            masks[layer_type] = self.make_mask(layer_type, hidden_states, attention_mask, layout, position_ids, packed)
+            masks[layer_type] = self.make_mask(layer_type, hidden_states, attention_mask, layout, text_ids)
             position_embeddings[layer_type] = self.rotary_emb(hidden_states, position_ids, layer_type)
         outputs = self.encode(hidden_states, layout, masks, position_embeddings, **kwargs)
         return self.restore(outputs, layout, shape, attention_mask)
@@ -550,69 +563,75 @@ class ModernAlbertModel(ModernAlbertPreTrainedModel):
         return ModernAlbertModelOutput(last_hidden_state=self.final_norm(hidden_states))
 
     def restore(self, outputs, layout, shape, attention_mask) -> ModernAlbertModelOutput:
-        """Whatever the layers gave, in the shape `[batch, seq, ...]` of the input."""
-        if layout is not None:
-            outputs.last_hidden_state = layout.pad(outputs.last_hidden_state.squeeze(0))
-            if outputs.hidden_states is not None:
-                outputs.hidden_states = tuple(
-                    None if states is None else layout.pad(states.squeeze(0)) for states in outputs.hidden_states
-                )
-            if outputs.router_logits is not None:
-                outputs.router_logits = tuple(layout.pad(logits) for logits in outputs.router_logits)
-            return outputs
-        if attention_mask is not None and attention_mask.dim() == 2:
-            outputs.last_hidden_state = outputs.last_hidden_state * attention_mask[..., None].bool()
-        if outputs.router_logits is not None:
-            outputs.router_logits = tuple(logits.unflatten(0, shape) for logits in outputs.router_logits)
+        """Whatever the layers gave, in the shape `[batch, seq, ...]` of the input, 0 at padding."""
+
+        def pad(states):  # [1, tokens, ...], or [batch, seq, ...]
+            if layout is not None:
+                return layout.pad(states.squeeze(0))
+            if attention_mask is not None and attention_mask.dim() == 2:
+                return states * attention_mask[..., None].bool()
+            return states
+
+        outputs.last_hidden_state = pad(outputs.last_hidden_state)
+        if outputs.hidden_states is not None:
+            outputs.hidden_states = tuple(None if states is None else pad(states) for states in outputs.hidden_states)
+        if outputs.router_logits is not None:  # recorded as [tokens, num_experts]
+            rows = (1, -1) if layout is not None else shape
+            outputs.router_logits = tuple(pad(logits.unflatten(0, rows)) for logits in outputs.router_logits)
         return outputs
 
-    def attention_over_texts(self) -> str:
+    def attention_over_texts(self, device: torch.device) -> str:
         """How attention runs over texts laid end to end; see [`TextLayout`]."""
         if is_flash_attention_requested(self.config):
             return "flash"
-        weight = self.embeddings.projection.weight
-        device, dtype = weight.device.type, weight.dtype
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-        if self.config._attn_implementation == "sdpa" and device == "cpu":
+        if self.config._attn_implementation == "sdpa" and device.type == "cpu":
             return "each"
-        half_on_cuda = device == "cuda" and dtype in (torch.float16, torch.bfloat16)
+        dtype = self.embeddings.projection.weight.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        half_on_cuda = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
         drops = self.training and self.config.attention_dropout > 0
         if self.config._attn_implementation == "sdpa" and half_on_cuda and not drops and varlen_attn is not None:
             return "varlen"
         return "rows"
 
-    def make_mask(self, layer_type, hidden_states, attention_mask, layout, position_ids, packed):
+    def make_mask(self, layer_type, hidden_states, attention_mask, layout, text_ids):
         """Mask of a layer type in the form that the attention implementation takes, or None.
 
-        `packed` says that rows which keep their padding may hold several texts.
+        `text_ids` say which tokens belong together, `[tokens]` with a layout; without one, `[batch, seq]` where rows
+        may hold several texts, or None.
         """
         if attention_mask is not None and attention_mask.dim() == 4:
             return attention_mask
         window = self.config.sliding_window if layer_type == "sliding_attention" else None
-        text_ids = (position_ids == 0).cumsum(-1) if packed else None
-        rows = hidden_states
-        if layout is not None:
-            if layout.attention in ("flash", "varlen"):
+        device = hidden_states.device
+        if layout is None:
+            rows = hidden_states
+            places = torch.arange(rows.shape[1], device=device).expand(rows.shape[:2])
+            if attention_mask is not None:
+                places = attention_mask.long().cumsum(-1)
+            if is_flash_attention_requested(self.config):
+                window = None  # the kernel has its own
+        elif layout.attention in ("flash", "varlen"):
+            return None
+        elif layout.attention == "each":  # a band that each text takes its corner of
+            places = torch.arange(max(layout.lengths), device=device)
+            if window is None or len(places) <= window + 1:
                 return None
-            if layout.attention == "each":  # a band that each text takes its corner of
-                longest = torch.arange(max(layout.lengths), device=hidden_states.device)
-                reach = None if window is None else (longest[:, None] - longest).abs() <= window
-                return None if reach is None or reach.all() else reach[None, None]
+            return ((places[:, None] - places).abs() <= window)[None, None]
+        else:
             rows = hidden_states.new_empty(*layout.shape, 0)
-            if attention_mask is None:
-                attention_mask = layout.pad(torch.ones_like(layout.indices))
-            text_ids, position_ids = layout.pad(layout.text_ids), layout.pad(position_ids[0])
-            if len(layout.lengths) == layout.shape[0]:
-                text_ids = None  # one text a row: padding says all
-        elif is_flash_attention_requested(self.config):
-            window = None  # the kernel has its own
+            places, attention_mask = (
+                layout.pad(tensor) for tensor in (torch.arange(len(text_ids), device=device), text_ids >= 0)
+            )
+            # Where no row holds two texts, padding says all.
+            text_ids = layout.pad(text_ids) if len(layout.lengths) > attention_mask.any(dim=1).sum() else None
         restricted = text_ids is not None or window is not None
         return create_bidirectional_mask(
             config=self.config,
             inputs_embeds=rows,
             attention_mask=attention_mask,
-            and_mask_function=same_text(text_ids, position_ids, window) if restricted else None,
+            and_mask_function=same_text(text_ids, places, window) if restricted else None,
         )
 
     def check_length(self, length: int) -> None:
@@ -755,7 +774,8 @@ class ModernAlbertForMaskedLM(ModernAlbertHeadModel):
 
     def __init__(self, config: ModernAlbertConfig):
         super().__init__(config)
-        self.head = ModernAlbertPredictionHead(config, config.embedding_size)
+        # Another shape than the classifiers' `head`, hence another name: each starts from the other's checkpoint.
+        self.lm_head = ModernAlbertPredictionHead(config, config.embedding_size)
         self.decoder = nn.Linear(config.embedding_size, config.vocab_size, bias=config.decoder_bias)
         self.post_init()
 
@@ -790,7 +810,7 @@ class ModernAlbertForMaskedLM(ModernAlbertHeadModel):
             if self.config.sparse_prediction:
                 labelled = labels != -100
                 hidden_states, labels = hidden_states[labelled], labels[labelled]  # [labelled, hidden]
-        logits = self.decoder(self.head(hidden_states))
+        logits = self.decoder(self.lm_head(hidden_states))
 
         loss = None
         if labels is not None:
@@ -978,7 +998,10 @@ class ModernAlbertForMultipleChoice(ModernAlbertClassifierModel):
         labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
             The right choice.
         """
-        num_choices = (input_ids if input_ids is not None else inputs_embeds).shape[1]
+        inputs = input_ids if input_ids is not None else inputs_embeds
+        if inputs is None:
+            raise ValueError("give either `input_ids` or `inputs_embeds`, and not both")
+        num_choices = inputs.shape[1]
         input_ids, attention_mask, position_ids, inputs_embeds = (
             None if tensor is None else tensor.flatten(0, 1)
             for tensor in (input_ids, attention_mask, position_ids, inputs_embeds)

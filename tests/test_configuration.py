@@ -4,6 +4,7 @@ import json
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from modernalbert import ModernAlbertConfig, ModernAlbertForMaskedLM, ModernAlbertModel
 from modernalbert.configuration_modernalbert import PRESETS
@@ -62,15 +63,14 @@ def test_unknown_preset_is_refused():
 
 
 def test_instances_share_no_lists():
-    before = copy.deepcopy(PRESETS)
+    presets, expected = copy.deepcopy(PRESETS), ModernAlbertConfig.preset("medium").to_dict()
     first, second = (ModernAlbertConfig.preset("medium") for _ in range(2))
     first.mol_groups.append(7)
     first.layer_types[0] = "sliding_attention"
     first.rope_parameters["full_attention"]["rope_theta"] = 3.0
     first.auto_map["AutoModel"] = "elsewhere"
-    assert second.to_dict() == ModernAlbertConfig.preset("medium").to_dict()
-    assert second.mol_groups == [2, 3]
-    assert before == PRESETS
+    assert second.to_dict() == ModernAlbertConfig.preset("medium").to_dict() == expected
+    assert presets == PRESETS
 
 
 def test_given_rope_parameters_are_not_written_to(make_config):
@@ -293,6 +293,19 @@ def test_the_librarys_rope_types_run(make_model, name):
     default = make_model(layer_types=layer_types)(input_ids, mask).last_hidden_state
     # Within the length that a model was made for, dynamic scaling leaves RoPE as it is; the others change it.
     assert torch.allclose(output, default, atol=1e-4) == (name == "dynamic")
+
+
+@pytest.mark.parametrize("name", ["linear", "yarn", "llama3", "proportional"])
+def test_rope_has_the_librarys_frequencies_and_scale(make_model, name):
+    model = make_model(rope_parameters=ROPE_TYPES[name])
+    inv_freq, scale = ROPE_INIT_FUNCTIONS[name](model.config, layer_type="full_attention")
+    assert (scale != 1) == (name == "yarn")
+    positions = torch.tensor([[0, 1, 5, 30]])
+    angles = (positions[..., None] * inv_freq).repeat(1, 1, 2)
+    cos, signed_sin = model.rotary_emb(torch.zeros(1), positions, "full_attention")
+    sign = torch.tensor([-1.0] * 8 + [1.0] * 8)
+    torch.testing.assert_close(cos, scale * angles.cos(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(signed_sin, scale * sign * angles.sin(), rtol=1e-5, atol=1e-6)
 
 
 def test_linear_rope_divides_positions(make_model):

@@ -1,4 +1,5 @@
 import copy
+import itertools
 import math
 
 import pytest
@@ -184,7 +185,7 @@ def test_embedding_is_a_table_a_norm_and_a_projection(make_model):
 @pytest.mark.parametrize("field", ["embedding_dropout", "attention_dropout", "mlp_dropout"])
 @pytest.mark.parametrize("num_experts", [0, 1, 4])
 def test_dropout_is_for_training_only(make_model, field, num_experts):
-    overrides = {"num_experts": num_experts, "router_jitter_noise": 0.0}
+    overrides = {"num_experts": num_experts, "router_jitter_noise": 0.0, "mol_groups": [0, 1]}
     batch = padded_batch()
     expected = make_model(**overrides)(**batch).last_hidden_state
     model = make_model(**overrides, **{field: 0.3})
@@ -236,7 +237,7 @@ def expected_initialisation(config, name):
         "in_A": ("uniform", config.hidden_size**-0.5),
         "out_A": ("uniform", config.mol_intermediate_size**-0.5),
         "tok_embeddings.weight": ("normal", 0.05),
-        "embeddings.projection.weight": ("normal", config.embedding_size**-0.5),
+        "embeddings.projection.weight": ("normal", 0.05),
         "Wqkv.weight": ("normal", 0.05),
         "Wi.weight": ("normal", 0.05),
         "Wo.weight": ("normal", 0.05 / math.sqrt(2 * config.num_hidden_layers)),
@@ -310,13 +311,8 @@ def test_hidden_states(make_model, implementation, padded):
     batch = padded_batch() if padded else {"input_ids": padded_batch()["input_ids"]}
     output = model(**batch, output_hidden_states=True)
     assert [states.shape for states in output.hidden_states] == [(8, 10, 32)] * (4 + 1)
-    assert output.hidden_states[-1] is output.last_hidden_state or torch.equal(
-        output.hidden_states[-1], output.last_hidden_state
-    )
-    differences = [
-        (after - before).abs().max()
-        for before, after in zip(*(output.hidden_states[i:] for i in (0, 1)), strict=False)
-    ]
+    assert torch.equal(output.hidden_states[-1], output.last_hidden_state)
+    differences = [(after - before).abs().max() for before, after in itertools.pairwise(output.hidden_states)]
     assert min(differences) > 0.1
     if padded:
         padding = batch["attention_mask"] == 0
