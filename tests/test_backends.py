@@ -98,7 +98,7 @@ def backend(request, monkeypatch):
         monkeypatch.setattr(flex_attention, "compile_friendly_flex_attention", naive_flex)
     elif request.param == "varlen":
         monkeypatch.setattr(modeling_modernalbert, "varlen_attn", naive_varlen)
-        monkeypatch.setattr(ModernAlbertModel, "attention_over_texts", lambda self: "varlen")
+        monkeypatch.setattr(ModernAlbertModel, "attention_over_texts", lambda self, device: "varlen")
     elif request.param.startswith("traced"):
         for module in (modeling_modernalbert, mixture_modernalbert):
             monkeypatch.setattr(module, "is_tracing", lambda tensor=None: True)
@@ -235,6 +235,13 @@ def packed_in_rows(row_of_text):
     return Batch({**batch, "position_ids": positions}, places)
 
 
+def packed_in_rows_by_lengths():
+    """Lengths run through all rows, over real tokens."""
+    inputs, places = packed_in_rows((0, 0, 1, 1))
+    ends = packed_by_lengths(with_positions=False).inputs
+    return Batch({**ends, **{name: inputs[name] for name in ("input_ids", "attention_mask")}}, places)
+
+
 BATCHES = {
     "right": padded_right,
     "left": padded_left,
@@ -252,6 +259,7 @@ BATCHES = {
     "packed_by_lengths": functools.partial(packed_by_lengths, False),
     "packed_by_lengths_and_positions": functools.partial(packed_by_lengths, True),
     "packed_in_rows": functools.partial(packed_in_rows, (0, 1, 1, 0)),
+    "packed_in_rows_by_lengths": packed_in_rows_by_lengths,
     # As many texts as rows, though no row has one text.
     "packed_beside_empty_rows": functools.partial(packed_in_rows, (0, 3, 3, 0)),
 }
@@ -420,22 +428,24 @@ def test_one_sliding_layer_sees_half_the_window_on_each_side(make_backend_model,
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("form", ["right", "packed_in_rows"])
-def test_attention_dropout(make_model, implementation, form):
+@pytest.mark.parametrize("dropped", ["weights", "output"])
+def test_attention_dropout(make_model, implementation, form, dropped):
     overrides = {**MODELS["sliding"], "attn_implementation": implementation, "router_jitter_noise": 0.0}
     model = make_model(**overrides, attention_dropout=0.5).train()
     plain = make_model(**overrides)
-    # The dropout that is left is on attention's weights.
-    for layer in model.layers:
-        layer.attn.out_drop.p = 0.0
+    # One field is both: the other of them is taken out.
+    if dropped == "output":
+        model.config.attention_dropout = 0.0
+    else:
+        for layer in model.layers:
+            layer.attn.out_drop.p = 0.0
     inputs = BATCHES[form]().inputs
-    output = model(**inputs).last_hidden_state
+    output, expected = model(**inputs).last_hidden_state, plain(**inputs).last_hidden_state
     output.sum().backward()
     assert output.isfinite().all()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
-    assert (output - plain(**inputs).last_hidden_state).abs().max() > 0.1
-    torch.testing.assert_close(
-        model.eval()(**inputs).last_hidden_state, plain(**inputs).last_hidden_state, rtol=0, atol=0
-    )
+    assert (output - expected).abs().max() > 0.1
+    torch.testing.assert_close(model.eval()(**inputs).last_hidden_state, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
@@ -484,7 +494,7 @@ def test_mask_of_the_callers_own_may_say_what_padding_says(make_model, implement
 )
 def test_choice_of_a_way_to_run_attention(monkeypatch, implementation, device, dtype, overrides, way):
     monkeypatch.setattr(modeling_modernalbert, "varlen_attn", overrides.get("varlen_attn", naive_varlen))
-    weight = SimpleNamespace(device=SimpleNamespace(type=device), dtype=dtype)
+    weight = SimpleNamespace(dtype=dtype)
     model = SimpleNamespace(
         config=SimpleNamespace(
             _attn_implementation=implementation, attention_dropout=overrides.get("attention_dropout", 0.0)
@@ -492,7 +502,7 @@ def test_choice_of_a_way_to_run_attention(monkeypatch, implementation, device, d
         training=overrides.get("training", True),
         embeddings=SimpleNamespace(projection=SimpleNamespace(weight=weight)),
     )
-    assert ModernAlbertModel.attention_over_texts(model) == way
+    assert ModernAlbertModel.attention_over_texts(model, torch.device(device)) == way
 
 
 # ---- On an accelerator

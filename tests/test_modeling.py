@@ -17,6 +17,7 @@ from modernalbert import (
     ModernAlbertForTokenClassification,
     ModernAlbertModel,
 )
+from modernalbert.modeling_modernalbert import apply_rotary_pos_emb
 
 
 MIXED_LAYERS = ["full_attention", "sliding_attention"] * 2
@@ -180,6 +181,17 @@ def test_embedding_is_a_table_a_norm_and_a_projection(make_model):
     expected = (normed * model.embeddings.norm.weight) @ model.embeddings.projection.weight.T
     actual = model(input_ids, output_hidden_states=True).hidden_states[0]
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_rope_of_half_precision_is_rounded_once():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(1, 30, 2, 2, 16, generator=generator).bfloat16()
+    angles = (torch.arange(30.0)[:, None] * 100.0 ** -(torch.arange(8) / 8)).repeat(1, 2)[None, :, None, None]
+    cos, signed_sin = angles.cos(), angles.sin() * torch.tensor([-1.0] * 8 + [1.0] * 8)
+    first, second = features.float().chunk(2, dim=-1)
+    expected = features.float() * cos + torch.cat([second, first], dim=-1) * signed_sin
+    actual = apply_rotary_pos_emb(features, cos, signed_sin)
+    torch.testing.assert_close(actual, expected.bfloat16(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("field", ["embedding_dropout", "attention_dropout", "mlp_dropout"])

@@ -1,6 +1,5 @@
 """A self-contained model folder: weights, code, tokenizer; whole or not at all, and checked by a fresh process."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -8,26 +7,28 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..tokenization import save_tokenizer
 
 
+SENTENCE = "A sentence to check the folder with."
+
 # What a stranger does with the folder: no `modernalbert` package, and the class that `config.json` names.
 RELOAD = """
-import json, sys
+import sys
 sys.modules["modernalbert"] = None
 import torch, transformers
-folder = sys.argv[1]
+from safetensors.torch import save_file
+folder, sentence, output = sys.argv[1:]
 config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
-name = config.architectures[0]
-auto = next(auto for auto, target in config.auto_map.items() if target.endswith("." + name))
+auto = next(auto for auto, target in config.auto_map.items() if target.endswith("." + config.architectures[0]))
 model = getattr(transformers, auto).from_pretrained(folder, trust_remote_code=True)
 tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
 with torch.no_grad():
-    output = model(**tokenizer("A sentence to check the folder with.", return_tensors="pt"))
-logits = output[0].double()
-print(json.dumps({"class": type(model).__name__, "sum": logits.sum().item(), "squares": logits.square().sum().item()}))
+    save_file({"output": model(**tokenizer(sentence, return_tensors="pt"))[0].float()}, output)
 """
 
 
@@ -60,7 +61,7 @@ def export_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fol
 
     Raises:
         FileExistsError: The folder exists and is not empty.
-        RuntimeError: The fresh process could not load it; nothing is left behind.
+        RuntimeError: The fresh process could not load it, or got other outputs; nothing is left behind.
     """
     folder = new_folder(folder)
     draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
@@ -68,7 +69,7 @@ def export_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fol
         model.save_pretrained(draft)
         save_tokenizer(tokenizer, draft)
         os.chmod(draft, 0o755)
-        check_export(model, draft)
+        check_export(model, tokenizer, draft)
         if folder.exists():
             folder.rmdir()
         os.replace(draft, folder)
@@ -77,24 +78,27 @@ def export_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fol
     return folder
 
 
-def check_export(model: PreTrainedModel, folder: Path) -> dict:
-    """Loads a folder in a fresh process; returns what that process found.
+def check_export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Loads a folder in a fresh process, and compares what the model says of a sentence.
 
     Raises:
-        RuntimeError: It could not, or found another class.
+        RuntimeError: It does not load, or says something else.
     """
-    # An environment of its own for remote code, so that nothing cached from another folder answers.
-    with tempfile.TemporaryDirectory() as cache:
+    # A module cache of its own, so that no code from another folder answers.
+    with tempfile.TemporaryDirectory() as scratch:
+        output = Path(scratch) / "output.safetensors"
         result = subprocess.run(
-            [sys.executable, "-c", RELOAD, str(folder)],
-            env={**os.environ, "HF_MODULES_CACHE": cache},
-            cwd=cache,
+            [sys.executable, "-c", RELOAD, str(folder), SENTENCE, str(output)],
+            env={**os.environ, "HF_MODULES_CACHE": scratch},
+            cwd=scratch,
             capture_output=True,
             text=True,
         )
-    if result.returncode:
-        raise RuntimeError(f"the exported folder does not load in a fresh process:\n{result.stderr}")
-    found = json.loads(result.stdout.splitlines()[-1])
-    if found["class"] != type(model).__name__:
-        raise RuntimeError(f"the exported folder loads as {found['class']}, not as {type(model).__name__}")
-    return found
+        if result.returncode:
+            raise RuntimeError(f"the exported folder does not load in a fresh process:\n{result.stderr}")
+        found = load_file(output)["output"]
+    model.eval()
+    with torch.no_grad():
+        expected = model(**tokenizer(SENTENCE, return_tensors="pt"))[0].float()
+    if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-3, atol=1e-3):
+        raise RuntimeError("the exported folder loads in a fresh process, but gives other outputs")
