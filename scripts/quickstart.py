@@ -123,9 +123,12 @@ def write_data(folder: Path, sentences: int, seed: int) -> dict[str, str]:
         "train": write_rows(folder / "train.jsonl", [{"text": text} for text in kept]),
         "validation": write_rows(folder / "validation.jsonl", [{"text": text} for text in held_out]),
     }
-    for name, texts, count in (("train", kept, sentences), ("validation", held_out, 1000)):
+    train_sentences = dict.fromkeys(split_sentences(kept))
+    validation_sentences = [text for text in dict.fromkeys(split_sentences(held_out)) if text not in train_sentences]
+    parts = (("train", train_sentences, sentences), ("validation", validation_sentences, 1000))
+    for name, chosen, count in parts:
         rows = []
-        for sentence in dict.fromkeys(split_sentences(texts)):
+        for sentence in chosen:
             label = rng.randrange(2)
             rows.append({"text": sentence if label else disturb(sentence, rng), "label": label})
         files[f"order_{name}"] = write_rows(folder / f"order-{name}.jsonl", rows[:count])
