@@ -231,15 +231,26 @@ class ModernAlbertConfig(PreTrainedConfig):
                     raise ValueError(f"ModernAlbertConfig has no field `{key}`; did you mean `{near[0]}`?")
 
     def convert_rope_params_to_dict(self, **kwargs):
+        for name in ("rope_theta", "rope_scaling"):
+            if name in kwargs:
+                raise ValueError(f"`{name}` is not a field; set it in `rope_parameters`, e.g. {self.default_rope()}")
         given = copy.deepcopy(self.rope_parameters) or {}
-        if "rope_type" in given or "rope_theta" in given:  # one setting for every layer type
+        if not all(isinstance(value, dict) for value in given.values()):  # one setting for every layer type
             given = {layer_type: dict(given) for layer_type in self.default_theta}
+        if not set(given) <= set(self.default_theta):
+            raise ValueError(
+                f"`rope_parameters` has the keys {sorted(given)}; give a dict for each of {sorted(self.default_theta)}"
+            )
         self.rope_parameters = {
-            layer_type: {"rope_type": "default", "rope_theta": theta, **given.get(layer_type, {})}
-            for layer_type, theta in self.default_theta.items()
+            layer_type: {**default, **given.get(layer_type, {})} for layer_type, default in self.default_rope().items()
         }
         self.standardize_rope_params()
         return kwargs
+
+    @classmethod
+    def default_rope(cls) -> dict[str, dict]:
+        """`rope_parameters` where none are given."""
+        return {name: {"rope_type": "default", "rope_theta": theta} for name, theta in cls.default_theta.items()}
 
     @property
     def layers_per_group(self) -> int:

@@ -496,7 +496,7 @@ class ModernAlbertModel(ModernAlbertPreTrainedModel):
         """
         inputs = input_ids if input_ids is not None else inputs_embeds
         traced = is_tracing(inputs)
-        self.check_inputs(input_ids, inputs_embeds, attention_mask, position_ids, traced)
+        self.check_inputs(input_ids, inputs_embeds, attention_mask, position_ids, traced, kwargs)
         # A traced graph has static shapes, and a mask of the caller's own is made for rows: both keep their padding.
         keep_rows = traced or (attention_mask is not None and attention_mask.dim() == 4)
         cu_seq_lens = kwargs.pop("cu_seq_lens_q", None)
@@ -532,7 +532,8 @@ class ModernAlbertModel(ModernAlbertPreTrainedModel):
                 real = attention_mask.long()
                 places = (real.cumsum(-1) - 1).clamp(min=0)
             if keep_rows and cu_seq_lens is not None:
-                text_ids = torch.searchsorted(cu_seq_lens[1:].to(places), places.contiguous(), right=True)
+                places = (real.flatten().cumsum(0) - 1).clamp(min=0).view(shape)  # lengths run through all rows
+                text_ids = torch.searchsorted(cu_seq_lens[1:].to(places), places, right=True)
                 places = places - cu_seq_lens.to(places)[text_ids]
             elif keep_rows and position_ids is not None:
                 text_ids = ((position_ids == 0) * real).cumsum(-1)
@@ -612,6 +613,11 @@ class ModernAlbertModel(ModernAlbertPreTrainedModel):
                 places = attention_mask.long().cumsum(-1)
             if is_flash_attention_requested(self.config):
                 window = None  # the kernel has its own
+                if text_ids is not None:
+                    raise ValueError(
+                        "several texts in a row cannot be kept apart by FlashAttention in a traced graph; pad each text "
+                        'in a row of its own, or use `attn_implementation="sdpa"`'
+                    )
         elif layout.attention in ("flash", "varlen"):
             return None
         elif layout.attention == "each":  # a band that each text takes its corner of
@@ -642,7 +648,7 @@ class ModernAlbertModel(ModernAlbertPreTrainedModel):
                 f"{self.config.max_position_embeddings})`"
             )
 
-    def check_inputs(self, input_ids, inputs_embeds, attention_mask, position_ids, traced: bool) -> None:
+    def check_inputs(self, input_ids, inputs_embeds, attention_mask, position_ids, traced: bool, others: dict) -> None:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either `input_ids` or `inputs_embeds`, and not both")
         inputs = input_ids if input_ids is not None else inputs_embeds
@@ -657,6 +663,13 @@ class ModernAlbertModel(ModernAlbertPreTrainedModel):
             )
         if traced:
             return
+        known = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "num_items_in_batch")
+        unknown = [name for name, value in others.items() if torch.is_tensor(value) and name not in known]
+        if unknown:
+            raise ValueError(
+                f"the model does not take {', '.join(map(repr, unknown))}; if a tokenizer makes it, set "
+                '`tokenizer.model_input_names = ["input_ids", "attention_mask"]`'
+            )
         shape = inputs.shape[:2]
         if attention_mask is not None and attention_mask.dim() != 4 and attention_mask.shape != shape:
             raise ValueError(
@@ -952,7 +965,7 @@ class ModernAlbertForQuestionAnswering(ModernAlbertClassifierModel):
     ) -> ModernAlbertQuestionAnsweringOutput:
         r"""
         start_positions, end_positions (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
-            First and last token of the answer. A position beyond the sequence has no loss.
+            First and last token of the answer. A position outside the sequence has no loss.
         """
         has_labels = start_positions is not None and end_positions is not None
         outputs = self.run_encoder(

@@ -315,3 +315,23 @@ def test_linear_rope_divides_positions(make_model):
     )
     plain = make_model()(input_ids)
     torch.testing.assert_close(scaled.last_hidden_state, plain.last_hidden_state, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rope_theta": 3.0}, "`rope_theta` is not a field; set it in `rope_parameters`"),
+        ({"rope_scaling": {"factor": 2.0}}, "`rope_scaling` is not a field"),
+        (
+            {"rope_parameters": {"full_atention": {"rope_theta": 3.0}}},
+            r"keys \['full_atention'\]; give a dict for each",
+        ),
+    ],
+)
+def test_rope_settings_that_would_have_no_effect_are_refused(make_config, fields, message):
+    with pytest.raises(ValueError, match=message):
+        make_config(**fields)
+
+
+def test_a_key_with_an_underscore_is_the_librarys_own(make_config):
+    assert make_config(_num_expert=1).num_experts == make_config().num_experts

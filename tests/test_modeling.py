@@ -454,7 +454,7 @@ def test_loss_without_any_label_is_zero(make_model, head, num_items_in_batch):
     batch = labelled_batch(head)
     for name in ("labels", "start_positions", "end_positions"):
         if name in batch:
-            batch[name] = torch.full_like(batch[name], -100 if name == "labels" else 10)
+            batch[name] = torch.full_like(batch[name], 10 if name == "end_positions" else -100)
     output = model(**batch, num_items_in_batch=num_items_in_batch)
     output.loss.backward()
     assert output.loss.item() == 0
@@ -797,6 +797,7 @@ def slices(*shapes):
     return [{name: tensor[:rows, :seq].clone() for name, tensor in batch.items()} for rows, seq in shapes]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fold", [False, True], ids=["routed", "folded"])
 def test_compiled_equals_eager(make_model, compiler, fold):
     model = make_model(ModernAlbertForMaskedLM, **SHALLOW)
@@ -838,3 +839,9 @@ def test_exported_folded_model_equals_eager(make_model):
         real = inputs["attention_mask"].bool()
         actual, expected = program(**inputs).logits, model(**inputs).logits
         torch.testing.assert_close(actual[real], expected[real], rtol=1e-4, atol=1e-5)
+
+
+def test_unknown_tensors_are_refused(make_model):
+    tokens = torch.tensor([[5, 6, 7]])
+    with pytest.raises(ValueError, match=r"does not take 'token_type_ids'.*model_input_names"):
+        make_model()(tokens, token_type_ids=torch.zeros_like(tokens))

@@ -7,7 +7,6 @@ that the source distribution leaves out, and models from the Hub; `tests/test_hu
 import unittest
 from unittest.mock import patch
 
-import torch
 import transformers
 from tests.test_configuration_common import ConfigTester
 from tests.test_modeling_common import ModelTesterMixin, ids_tensor, random_attention_mask
@@ -19,8 +18,14 @@ import modernalbert
 from modernalbert import ModernAlbertModel, ModernAlbertPreTrainedModel
 
 
-HEADS = ("Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
-HEADS += ("ForMultipleChoice",)
+HEADS = (
+    "Model",
+    "ForMaskedLM",
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForQuestionAnswering",
+    "ForMultipleChoice",
+)
 
 # The tests look a class up by its name, to know which labels it takes and whether it is a base model.
 for mapping_name, mapping in vars(modeling_auto).items():
@@ -34,7 +39,7 @@ class Tester:
     is_training = True
     batch_size, seq_length, num_choices = 13, 7, 4
     vocab_size, hidden_size, num_attention_heads = 99, 32, 4
-    padding = True
+    use_mask = True
 
     def __init__(self, model_classes, fields):
         self.config_class = model_classes[0].config_class
@@ -55,9 +60,10 @@ class Tester:
         )
 
     def prepare_config_and_inputs_for_common(self):
-        input_ids = ids_tensor([self.batch_size, self.seq_length], self.vocab_size)
-        mask = random_attention_mask(input_ids.shape) if self.padding else torch.ones_like(input_ids)
-        return self.get_config(), {"input_ids": input_ids, "attention_mask": mask}
+        inputs = {"input_ids": ids_tensor([self.batch_size, self.seq_length], self.vocab_size)}
+        if self.use_mask:
+            inputs["attention_mask"] = random_attention_mask(inputs["input_ids"].shape)
+        return self.get_config(), inputs
 
 
 class CommonTests(ModelTesterMixin, TrainingTesterMixin):
@@ -124,8 +130,8 @@ class ModernAlbert(CommonTests, unittest.TestCase):
             lambda self: self.model_tester.fields.update(router_aux_loss_coef=0),
         ),
         "test_retain_grad_hidden_states_attentions": (
-            "hidden states of a padded batch are copies with the padding put back; the gradient does not pass them",
-            lambda self: setattr(self.model_tester, "padding", False),
+            "with a mask, hidden states are copies that are 0 at padding; the gradient does not pass them",
+            lambda self: setattr(self.model_tester, "use_mask", False),
         ),
     }
 
