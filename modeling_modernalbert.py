@@ -977,9 +977,11 @@ class ModernAlbertForQuestionAnswering(ModernAlbertClassifierModel):
 
         loss = None
         if has_labels:
-            items, share = count_labelled(
-                start_positions < start_logits.shape[1], kwargs.pop("num_items_in_batch", None)
+            length = start_logits.shape[1]
+            start_positions, end_positions = (
+                positions.masked_fill(positions < 0, length) for positions in (start_positions, end_positions)
             )
+            items, share = count_labelled(start_positions < length, kwargs.pop("num_items_in_batch", None))
             loss = self.loss_function(
                 start_logits, end_logits, start_positions, end_positions, num_items_in_batch=items, **kwargs
             )
