@@ -210,6 +210,16 @@ class ModernAlbertConfig(PreTrainedConfig):
             raise ValueError(f"there is no preset {name!r}; the presets are {', '.join(PRESETS)}")
         return cls(**{**copy.deepcopy(PRESETS[name]), **overrides})
 
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """[`~PreTrainedConfig.from_dict`], with fields that are overridden at load under the same rules.
+
+        The library sets them on the finished configuration, past the rules and the defaults that depend on them.
+        """
+        own = cls.__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__.keys()
+        overrides = {name: kwargs.pop(name) for name in own & kwargs.keys()}
+        return super().from_dict({**config_dict, **overrides}, **kwargs)
+
     def __post_init__(self, **kwargs):
         self._reject_misspelt_fields(kwargs)
         if self.mol_groups is None:
@@ -242,7 +252,9 @@ class ModernAlbertConfig(PreTrainedConfig):
                 f"`rope_parameters` has the keys {sorted(given)}; give a dict for each of {sorted(self.default_theta)}"
             )
         self.rope_parameters = {
-            layer_type: {**default, **given.get(layer_type, {})} for layer_type, default in self.default_rope().items()
+            layer_type: {**default, **given.get(layer_type, {})}
+            for layer_type, default in self.default_rope().items()
+            if layer_type in self.layer_types
         }
         self.standardize_rope_params()
         return kwargs

@@ -463,7 +463,7 @@ class ModernAlbertPreTrainedModel(PreTrainedModel):
 class ModernAlbertModel(ModernAlbertPreTrainedModel):
     def __init__(self, config: ModernAlbertConfig):
         super().__init__(config)
-        config.validate()  # fields that `from_pretrained(..., field=value)` overrides are not validated there
+        config.validate()  # fields that were assigned since it was made
         self.embeddings = ModernAlbertEmbeddings(config)
         self.rotary_emb = ModernAlbertRotaryEmbedding(config)
         self.layers = nn.ModuleList([ModernAlbertLayer(config, group) for group in range(config.num_hidden_groups)])
@@ -545,7 +545,8 @@ class ModernAlbertModel(ModernAlbertPreTrainedModel):
             masks[layer_type] = self.make_mask(layer_type, hidden_states, attention_mask, layout, text_ids)
             position_embeddings[layer_type] = self.rotary_emb(hidden_states, position_ids, layer_type)
         outputs = self.encode(hidden_states, layout, masks, position_embeddings, **kwargs)
-        return self.restore(outputs, layout, shape, attention_mask)
+        padded = attention_mask is not None and attention_mask.dim() == 2 and (traced or not attention_mask.all())
+        return self.restore(outputs, layout, shape, attention_mask if padded else None)
 
     @capture_outputs
     def encode(
@@ -569,9 +570,7 @@ class ModernAlbertModel(ModernAlbertPreTrainedModel):
         def pad(states):  # [1, tokens, ...], or [batch, seq, ...]
             if layout is not None:
                 return layout.pad(states.squeeze(0))
-            if attention_mask is not None and attention_mask.dim() == 2:
-                return states * attention_mask[..., None].bool()
-            return states
+            return states if attention_mask is None else states * attention_mask[..., None].bool()
 
         outputs.last_hidden_state = pad(outputs.last_hidden_state)
         if outputs.hidden_states is not None:
@@ -641,7 +640,8 @@ class ModernAlbertModel(ModernAlbertPreTrainedModel):
         )
 
     def check_length(self, length: int) -> None:
-        if length > self.config.max_position_embeddings:
+        scales = "dynamic" in self.rotary_emb.rope_type.values()  # made for longer texts
+        if length > self.config.max_position_embeddings and not scales:
             raise ValueError(
                 f"a text has {length} tokens, but the model was made for at most {self.config.max_position_embeddings} "
                 "(`max_position_embeddings`); truncate it, e.g. with `tokenizer(..., truncation=True, max_length="

@@ -62,8 +62,8 @@ class QuickstartArguments:
     """Where to, and how much."""
 
     output_dir: str = field(default="runs/quickstart", metadata={"help": "Folder that receives everything; emptied."})
-    max_steps: int = field(default=400, metadata={"help": "Pretraining steps of 1024 tokens."})
-    sentences: int = field(default=6000, metadata={"help": "Sentences to fine-tune on."})
+    max_steps: int = field(default=360, metadata={"help": "Pretraining steps of 1024 tokens."})
+    sentences: int = field(default=4500, metadata={"help": "Sentences to fine-tune on."})
     seed: int = field(default=0, metadata={"help": "Seed of everything random."})
 
 

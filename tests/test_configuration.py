@@ -232,12 +232,16 @@ def test_sliding_window_is_the_tokens_on_each_side(make_config):
     assert make_config(sliding_window=4).local_attention == 8
 
 
-def test_each_layer_type_has_its_theta(make_config):
-    assert make_config().rope_parameters == {
-        "full_attention": {"rope_type": "default", "rope_theta": 160_000.0},
-        "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
-    }
-    one_given = make_config(rope_parameters={"sliding_attention": {"rope_theta": 5.0}}).rope_parameters
+MIXED_LAYERS = ["full_attention", "sliding_attention"] * 2
+
+
+def test_each_layer_type_in_use_has_its_theta(make_config):
+    full = {"full_attention": {"rope_type": "default", "rope_theta": 160_000.0}}
+    assert make_config().rope_parameters == full
+    sliding = {"sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0}}
+    assert make_config(layer_types=MIXED_LAYERS).rope_parameters == full | sliding
+    given = {"sliding_attention": {"rope_theta": 5.0}}
+    one_given = make_config(layer_types=MIXED_LAYERS, rope_parameters=given).rope_parameters
     assert one_given["full_attention"]["rope_theta"] == 160_000.0
     assert one_given["sliding_attention"] == {"rope_type": "default", "rope_theta": 5.0}
 
@@ -251,13 +255,21 @@ def test_each_layer_type_has_its_theta(make_config):
     ids=str,
 )
 def test_flat_rope_parameters_apply_to_both_layer_types(make_config, flat, expected):
-    both = make_config(rope_parameters=flat).rope_parameters
+    both = make_config(layer_types=MIXED_LAYERS, rope_parameters=flat).rope_parameters
     rope_type, full_theta, sliding_theta = expected
     assert both == {
         "full_attention": {**flat, "rope_type": rope_type, "rope_theta": full_theta},
         "sliding_attention": {**flat, "rope_type": rope_type, "rope_theta": sliding_theta},
     }
     assert both["full_attention"] is not both["sliding_attention"]
+
+
+def test_fields_overridden_at_load_obey_the_rules(make_config, tmp_path):
+    make_config().save_pretrained(tmp_path)
+    loaded = ModernAlbertConfig.from_pretrained(tmp_path, rope_parameters={"rope_type": "linear", "factor": 2.0})
+    assert loaded.rope_parameters["full_attention"]["rope_theta"] == 160_000.0
+    with pytest.raises(StrictDataclassClassValidationError, match="must be a multiple of `num_hidden_groups`"):
+        ModernAlbertConfig.from_pretrained(tmp_path, num_hidden_groups=3)
 
 
 ROPE_TYPES = {
