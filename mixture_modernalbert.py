@@ -126,7 +126,7 @@ class GroupedMixture(torch.autograd.Function):
 
     @staticmethod
     def mix(gated, corrected, weights, out_A):
-        part = gated(corrected) * weights[:, None]
+        part = gated(corrected).mul_(weights[:, None])
         return part, F.linear(part, out_A)  # [chunk, I], [chunk, r]
 
     @staticmethod
@@ -137,7 +137,7 @@ class GroupedMixture(torch.autograd.Function):
         low_out = torch.zeros_like(low)
         flat_weights = weights.flatten()
         for expert, tokens, slots in GroupedMixture.chunks(experts, len(in_B)):
-            corrected = projected[tokens].addmm_(low[tokens, expert], in_B[expert].t(), alpha=scaling)
+            corrected = projected.index_select(0, tokens).addmm_(low[tokens, expert], in_B[expert].t(), alpha=scaling)
             part, part_low = GroupedMixture.mix(gated, corrected, flat_weights[slots], out_A[expert])
             activated.index_add_(0, tokens, part)
             low_out[tokens, expert] = part_low
@@ -154,7 +154,7 @@ class GroupedMixture(torch.autograd.Function):
         )
         for expert, tokens, slots in GroupedMixture.chunks(experts, len(in_B)):
             chunk_low = low[tokens, expert]
-            corrected = projected[tokens].addmm_(chunk_low, in_B[expert].t(), alpha=ctx.scaling)
+            corrected = projected.index_select(0, tokens).addmm_(chunk_low, in_B[expert].t(), alpha=ctx.scaling)
             with torch.enable_grad():
                 inputs = [t.detach().requires_grad_() for t in (corrected, flat_weights[slots], out_A[expert])]
                 outputs = GroupedMixture.mix(ctx.gated, *inputs)
