@@ -545,8 +545,11 @@ class ModernAlbertModel(ModernAlbertPreTrainedModel):
             masks[layer_type] = self.make_mask(layer_type, hidden_states, attention_mask, layout, text_ids)
             position_embeddings[layer_type] = self.rotary_emb(hidden_states, position_ids, layer_type)
         outputs = self.encode(hidden_states, layout, masks, position_embeddings, **kwargs)
-        padded = attention_mask is not None and attention_mask.dim() == 2 and (traced or not attention_mask.all())
-        return self.restore(outputs, layout, shape, attention_mask if padded else None)
+        if layout is not None or attention_mask is None or attention_mask.dim() == 4:
+            padding_mask = None
+        else:
+            padding_mask = attention_mask if traced or not attention_mask.all() else None
+        return self.restore(outputs, layout, shape, padding_mask)
 
     @capture_outputs
     def encode(
@@ -564,13 +567,13 @@ class ModernAlbertModel(ModernAlbertPreTrainedModel):
             )
         return ModernAlbertModelOutput(last_hidden_state=self.final_norm(hidden_states))
 
-    def restore(self, outputs, layout, shape, attention_mask) -> ModernAlbertModelOutput:
+    def restore(self, outputs, layout, shape, padding_mask) -> ModernAlbertModelOutput:
         """Whatever the layers gave, in the shape `[batch, seq, ...]` of the input, 0 at padding."""
 
         def pad(states):  # [1, tokens, ...], or [batch, seq, ...]
             if layout is not None:
                 return layout.pad(states.squeeze(0))
-            return states if attention_mask is None else states * attention_mask[..., None].bool()
+            return states if padding_mask is None else states * padding_mask[..., None].bool()
 
         outputs.last_hidden_state = pad(outputs.last_hidden_state)
         if outputs.hidden_states is not None:
