@@ -298,6 +298,36 @@ class ModernAlbertConfig(PreTrainedConfig):
         decoder = 0 if self.tie_word_embeddings else self.vocab_size * embedding
         return embeddings + groups + hidden + head + decoder
 
+    def estimate_flops(self, seq_length: int, labelled: float = 1.0, training: bool = False) -> float:
+        """Floating-point operations per token of `ModernAlbertForMaskedLM`, a multiplication and an addition being two.
+
+        Our count, of matrix products and attention alone: norms, activations, softmax, RoPE, loss and optimizer are
+        left out. Every executed layer counts, since recursion saves parameters and no compute. The mixture is counted
+        as its fast form runs it: down-projections into, and up-projections out of, the rank for all experts, what lies
+        between for the chosen ones. Sliding layers count a whole window for every token, though it is cut at the edges
+        of a text.
+
+        Args:
+            seq_length: Tokens of a text.
+            labelled: Share of the tokens that the head runs on, with `sparse_prediction` the masked ones.
+            training: Whether a backward pass follows; it is taken as twice the forward pass.
+
+        Returns:
+            Operations (FLOP) per token.
+        """
+        hidden, embedding, rank = self.hidden_size, self.embedding_size, self.expert_rank
+        products = embedding * hidden + labelled * embedding * (hidden + self.vocab_size)
+        for index, layer_type in enumerate(self.layer_types):
+            mol = index // self.layers_per_group in self.mol_groups
+            width = self.mol_intermediate_size if mol else self.intermediate_size
+            keys = seq_length if layer_type == "full_attention" else min(seq_length, 2 * self.sliding_window + 1)
+            products += 4 * hidden**2 + 3 * hidden * width + 2 * hidden * keys
+            if mol:
+                chosen = min(self.num_experts_per_tok, self.num_experts)
+                products += rank * (2 * hidden * self.num_experts + 3 * width * chosen)
+                products += self.num_experts * hidden if self.num_experts > 1 else 0  # router
+        return 2 * products * (3 if training else 1)
+
     def validate_recursion(self):
         """The executed layers divide into the groups."""
         if self.num_hidden_layers % self.num_hidden_groups:

@@ -172,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     shared += ["--per_device_eval_batch_size", "32", "--dataloader_pin_memory", "False"]
     pretraining = pretrain.main(
         ["--preset", "nano", "--tokenizer", path["tokenizer"], "--output_dir", path["pretrained"]]
-        + ["--train_files", files["train"], "--validation_files", files["validation"], "--max_length", "128"]
+        + ["--train_data", files["train"], "--validation_data", files["validation"], "--max_length", "128"]
         + ["--per_device_train_batch_size", "8", "--max_steps", str(args.max_steps), "--warmup_steps", "0.1"]
         + ["--learning_rate", "3e-3", "--weight_decay", "0.01", *shared]
     )

@@ -1,13 +1,17 @@
-"""Texts from local files or the Hub, packed into rows that hold several texts each."""
+"""Texts from local files or the Hub, packed into rows that hold several texts each, and masked."""
 
 import glob
-from collections import defaultdict
-from collections.abc import Sequence
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
-from datasets import Dataset, concatenate_datasets, load_dataset
-from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
+from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets, load_dataset
+from datasets.exceptions import DatasetGenerationError
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
 
 
 READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text", ".md": "text"}
@@ -33,65 +37,208 @@ def find_files(patterns: Sequence[str]) -> dict[str, list[str]]:
     return found
 
 
-def load_files(patterns: Sequence[str]) -> Dataset:
-    """Rows of local files, as [`find_files`] finds them."""
-    parts = [load_dataset(reader, data_files=paths, split="train") for reader, paths in find_files(patterns).items()]
+def load_files(patterns: Sequence[str], streaming: bool = False) -> Dataset | IterableDataset:
+    """Rows of local files, as [`find_files`] finds them.
+
+    Raises:
+        FileNotFoundError: A pattern matches no file.
+        ValueError: A file has an ending for which there is no reader, or cannot be read.
+    """
+    parts = []
+    for reader, paths in find_files(patterns).items():
+        try:
+            parts.append(load_dataset(reader, data_files=paths, split="train", streaming=streaming))
+        except (DatasetGenerationError, OSError, ValueError) as error:
+            cause = error.__cause__ or error
+            raise ValueError(
+                f"cannot read {', '.join(paths)} as {reader}: {cause}; mend or leave out the file"
+            ) from error
     return concatenate_datasets(parts)
 
 
+def load_texts(
+    sources: Sequence[str],
+    split: str = "train",
+    text_column: str = "text",
+    streaming: bool = False,
+    mixing_weights: Sequence[float] | None = None,
+    seed: int = 0,
+) -> Dataset | IterableDataset:
+    """Texts of several sources, one column `text_column`.
+
+    Args:
+        sources: Each a local file or glob, or a data set of the Hub, `name` or `name:configuration`.
+        split: Split of the Hub data sets; local files have none.
+        text_column: Column that holds the texts, in every source.
+        streaming: Read while training instead of before it. The texts then pass through a shuffling buffer.
+        mixing_weights: Share of the texts to draw from each source; the small ones are repeated until the largest has
+            ended. Default: each source once, one after the other.
+        seed: Of mixing and shuffling.
+
+    Raises:
+        FileNotFoundError: A pattern matches no file.
+        ValueError: The column is missing or holds no strings, a file cannot be read, or the weights do not fit.
+    """
+    if mixing_weights and (len(mixing_weights) != len(sources) or min(mixing_weights) <= 0):
+        raise ValueError(
+            f"`mixing_weights` {list(mixing_weights)} must be positive, one for each of the {len(sources)} sources"
+        )
+    parts = []
+    for source in sources:
+        if glob.has_magic(source) or Path(source).exists() or Path(source).suffix in READERS:
+            part = load_files([source], streaming)
+        else:
+            name, _, configuration = source.partition(":")
+            part = load_dataset(name, configuration or None, split=split, streaming=streaming)
+        parts.append(check_texts(part, source, text_column).select_columns([text_column]))
+    if mixing_weights and len(parts) > 1:
+        shares = [weight / sum(mixing_weights) for weight in mixing_weights]
+        texts = interleave_datasets(parts, probabilities=shares, seed=seed, stopping_strategy="all_exhausted")
+    else:
+        texts = concatenate_datasets(parts)
+    return texts.shuffle(seed=seed, buffer_size=10_000) if streaming else texts
+
+
+def name_sources(sources: Sequence[str]) -> dict[str, str]:
+    """A short name for each source, to report its figures under: the file's or the Hub data set's, where unique."""
+    short = {source: Path(source.partition(":")[0]).stem for source in sources}
+    count = Counter(short.values())
+    return {s: name if count[name] == 1 else re.sub(r"\W+", "_", s).strip("_") for s, name in short.items()}
+
+
+def check_texts(part: Dataset | IterableDataset, source: str, text_column: str) -> Dataset | IterableDataset:
+    """The data set itself, once its first row was seen to hold a text.
+
+    Raises:
+        ValueError: It is empty, or the column is missing or holds no strings.
+    """
+    first = next(iter(part), None)
+    if first is None:
+        raise ValueError(f"'{source}' has no rows")
+    if text_column not in first:
+        raise ValueError(f"'{source}' has no column '{text_column}', but {', '.join(map(repr, first))}")
+    if not isinstance(first[text_column], str | None):
+        raise ValueError(
+            f"column '{text_column}' of '{source}' holds {type(first[text_column]).__name__}, expected texts; name "
+            "another with `text_column`"
+        )
+    return part
+
+
 def pack_texts(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, text_column: str = "text"
-) -> Dataset:
+    texts: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    text_column: str = "text",
+    num_proc: int | None = None,
+) -> Dataset | IterableDataset:
     """Rows of `max_length` tokens, cut from all texts laid end to end, each as `[CLS] text [SEP]`.
 
     No token is lost and none is padding, but for the last row of each thousand texts, which is shorter. A text that a
     row's end cuts goes on in the next row; [`PackedCollator`] keeps texts from seeing each other. Empty texts are
-    dropped.
+    dropped. Rows of a `Dataset` are cached on disk by `datasets` and found again by the next run on the same texts;
+    those of an `IterableDataset` are made on the fly.
 
     Args:
-        dataset: Texts.
+        texts: Texts.
         tokenizer: With `[CLS]` and `[SEP]`.
         max_length: Tokens of a row.
         text_column: Column that holds the texts.
+        num_proc: Processes that tokenise a `Dataset`.
 
     Returns:
         One column, `input_ids`.
 
     Raises:
-        ValueError: The column is missing, or no text holds a token.
+        ValueError: No text holds a token.
     """
-    if text_column not in dataset.column_names:
-        raise ValueError(f"there is no column '{text_column}', but {', '.join(map(repr, dataset.column_names))}")
 
     def pack(batch):
-        texts = [text for text in batch[text_column] if text and not text.isspace()]
-        encoded = tokenizer(texts, return_attention_mask=False)["input_ids"] if texts else []
+        filled = [text for text in batch[text_column] if text and not text.isspace()]
+        # Rows are cut here, so a text longer than the model's limit is no concern of the tokenizer's: not verbose.
+        encoded = tokenizer(filled, return_attention_mask=False, verbose=False)["input_ids"] if filled else []
         tokens = [token for text in encoded for token in text]
         return {"input_ids": [tokens[start : start + max_length] for start in range(0, len(tokens), max_length)]}
 
-    # Rows are cut here, so a text longer than the model's limit is no concern of the tokenizer's.
-    limit, tokenizer.model_max_length = tokenizer.model_max_length, int(1e30)
-    try:
-        packed = dataset.map(pack, batched=True, remove_columns=dataset.column_names, desc=f"Packing to {max_length}")
-    finally:
-        tokenizer.model_max_length = limit
+    if isinstance(texts, IterableDataset):
+        return texts.map(pack, batched=True, remove_columns=[text_column])
+    packed = texts.map(
+        pack, batched=True, remove_columns=[text_column], num_proc=num_proc, desc=f"Packing to {max_length} tokens"
+    )
     if len(packed) == 0:
-        raise ValueError(f"column '{text_column}' holds no text: all of its {len(dataset)} rows are empty")
+        raise ValueError(f"column '{text_column}' holds no text: all of its {len(texts)} rows are empty")
     return packed
 
 
-class PackedCollator(DataCollatorForLanguageModeling):
-    """Masks tokens for masked-language modelling, and gives positions that start anew with every `[CLS]`.
+class TokenMasker:
+    """Masks tokens for masked-language modelling; what it masks depends on nothing but the seed and a row's key.
+
+    A run that is resumed, cut into other micro-batches or spread over processes thus masks the same tokens, and no
+    state has to be saved. Of the chosen tokens 80% become `[MASK]`, 10% a random token, and 10% stay (BERT).
+
+    Args:
+        tokenizer: Its special tokens are never chosen.
+        probability: Share of the other tokens that is chosen.
+        seed: Of everything random.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, probability: float = 0.3, seed: int = 0):
+        self.special = torch.tensor(tokenizer.all_special_ids)
+        self.mask_token_id = tokenizer.mask_token_id
+        self.num_tokens = len(tokenizer)
+        self.probability = probability
+        self.seed = seed
+
+    def __call__(self, input_ids: torch.Tensor, keys: Iterable[tuple[int, ...]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """`input_ids [rows, length]` with a key for each row, to masked `input_ids` and `labels`, -100 elsewhere."""
+        draws = np.stack(
+            [
+                np.random.default_rng([self.seed, *key]).random((2, input_ids.shape[1]), dtype=np.float32)
+                for key in keys
+            ]
+        )
+        chance, fate = torch.from_numpy(draws).to(input_ids.device).unbind(dim=1)
+        special = self.special.to(input_ids.device)
+        chosen = (chance < self.probability) & ~torch.isin(input_ids, special)
+        labels = input_ids.masked_fill(~chosen, -100)
+        masked = input_ids.masked_fill(chosen & (fate < 0.8), self.mask_token_id)
+        random_tokens = ((fate - 0.8) / 0.1 * self.num_tokens).long().clamp(0, self.num_tokens - 1)
+        # A random [CLS] would look like the start of another text.
+        swapped = chosen & (fate >= 0.8) & (fate < 0.9) & ~torch.isin(random_tokens, special)
+        return torch.where(swapped, random_tokens, masked), labels
+
+
+def mask_rows(rows: Dataset, masker: TokenMasker) -> Dataset:
+    """Packed rows with fixed masks and `labels`, to evaluate on: every evaluation predicts the same tokens."""
+
+    def mask(row, index):
+        input_ids, labels = masker(torch.tensor([row["input_ids"]]), [(index,)])
+        return {"input_ids": input_ids[0].tolist(), "labels": labels[0].tolist()}
+
+    return rows.map(mask, with_indices=True, desc="Masking")
+
+
+class PackedCollator:
+    """Pads packed rows to one length, and gives positions that start anew with every text.
 
     The model takes position 0 for the start of another text, see `ModernAlbertModel.forward`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, mlm_probability: float = 0.3):
-        super().__init__(tokenizer=tokenizer, mlm_probability=mlm_probability)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.cls_token_id = tokenizer.cls_token_id
+        self.pad_token_id = tokenizer.pad_token_id
 
-    def torch_call(self, examples: list[dict]) -> dict[str, torch.Tensor]:
-        """Rows `input_ids` of up to the same length to `input_ids`, `attention_mask`, `position_ids`, `labels`."""
-        batch = super().torch_call(examples)
+    def __call__(self, rows: Sequence[dict]) -> dict[str, torch.Tensor]:
+        """Rows of `input_ids` and maybe `labels` to `input_ids`, `attention_mask`, `position_ids`, `labels`."""
+        input_ids = [torch.tensor(row["input_ids"]) for row in rows]
+        batch = {
+            "input_ids": pad_sequence(input_ids, batch_first=True, padding_value=self.pad_token_id),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in input_ids], batch_first=True),
+        }
         places = torch.arange(batch["input_ids"].shape[1])  # [CLS] is special, so that it is never masked
-        starts = torch.where(batch["input_ids"] == self.tokenizer.cls_token_id, places, 0).cummax(dim=1).values
-        return {**batch, "position_ids": places - starts}
+        starts = torch.where(batch["input_ids"] == self.cls_token_id, places, 0).cummax(dim=1).values
+        batch["position_ids"] = places - starts
+        if "labels" in rows[0]:
+            labels = [torch.tensor(row["labels"]) for row in rows]
+            batch["labels"] = pad_sequence(labels, batch_first=True, padding_value=-100)
+        return batch

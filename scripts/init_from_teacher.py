@@ -1,0 +1,92 @@
+"""Builds a ModernALBERT from a ModernBERT and writes a self-contained folder, ready for training.
+
+`tiny` from ModernBERT-base:
+
+    python scripts/init_from_teacher.py --teacher answerdotai/ModernBERT-base --preset tiny --output_dir runs/tiny-init
+
+A shallower student whose experts start as corrections towards the teacher's layers, on a CPU:
+
+    python scripts/init_from_teacher.py --teacher answerdotai/ModernBERT-base --preset tiny --experts svd \
+        --config_overrides '{"num_hidden_layers": 4, "num_hidden_groups": 4}' --output_dir runs/shallow-init
+
+`initialization.json` in the folder says which teacher layers each group started from, and what was kept of them.
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, ModernBertForMaskedLM, set_seed
+
+from modernalbert.training.checkpoints import write_text
+from modernalbert.training.export import export_model, new_folder
+from modernalbert.training.initialization import (
+    EXPERT_RULES,
+    LAYER_RULES,
+    check_fit,
+    initialize_from_teacher,
+    student_config,
+)
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class InitializationArguments:
+    """Which teacher, which student, and how the one becomes the other."""
+
+    teacher: str = field(metadata={"help": "Hub name or folder of a ModernBERT, with its tokenizer."})
+    output_dir: str = field(metadata={"help": "Folder to write; must not exist, or be empty."})
+    preset: str = field(default="tiny", metadata={"help": "Size: nano, tiny, medium, base or large."})
+    config_overrides: str = field(default="{}", metadata={"help": "Fields of the configuration, as JSON."})
+    layers: str = field(default="stepwise", metadata={"help": f"Source layers: {', '.join(LAYER_RULES)}."})
+    experts: str = field(default="zero", metadata={"help": f"Start of the experts: {', '.join(EXPERT_RULES)}."})
+    seed: int = field(default=42, metadata={"help": "Seed of the weights that the teacher has nothing for."})
+
+
+def main(argv: Sequence[str] | None = None) -> dict:
+    """Loads the teacher, builds the student, writes and checks it; returns the report.
+
+    Raises:
+        FileExistsError: `output_dir` is not empty.
+        ValueError: The teacher is no ModernBERT, or the student does not fit it.
+    """
+    (args,) = HfArgumentParser(InitializationArguments).parse_args_into_dataclasses(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    new_folder(args.output_dir)
+    # Whether the two fit shows before the weights are fetched.
+    teacher_config = AutoConfig.from_pretrained(args.teacher)
+    config = student_config(teacher_config, args.preset, args.layers, **json.loads(args.config_overrides))
+    check_fit(teacher_config, config, args.layers, args.experts)
+    tokenizer = AutoTokenizer.from_pretrained(args.teacher)
+    teacher = ModernBertForMaskedLM.from_pretrained(args.teacher, dtype=torch.float32)
+    set_seed(args.seed)
+    student, report = initialize_from_teacher(teacher, config, args.layers, args.experts)
+    report = {"teacher": args.teacher, "seed": args.seed, "parameters": student.num_parameters(), **report}
+
+    folder = export_model(student, tokenizer, args.output_dir)
+    write_text(folder / "initialization.json", json.dumps(report, indent=1))
+    log_report(report)
+    logger.info("%s: %.1fM parameters", folder, report["parameters"] / 1e6)
+    return report
+
+
+def log_report(report: dict) -> None:
+    """Says, group by group, where the student comes from and what was lost."""
+    embedding = report["embedding"]
+    logger.info("embedding: %.1f%% of the energy kept", 100 * embedding["energy_kept"])
+    logger.info("embedding: relative error %.3f after the norm", embedding["relative_error"])
+    for number, group in enumerate(report["groups"]):
+        line = f"group {number}: teacher layers {group['layers']}"
+        if "widened_from" in group:
+            line += f", feed-forward layer widened from {group['widened_from'][0]} and {group['widened_from'][1]}"
+        if "expert_energy" in group:
+            line += f", experts catch {group['expert_energy']:.1%} of the layers in {group['segment']}"
+        logger.info("%s", line)
+
+
+if __name__ == "__main__":
+    main()

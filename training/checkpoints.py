@@ -1,0 +1,110 @@
+"""Output folders that survive: checked before work, resumed from what is complete, finished whole or not at all."""
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+
+logger = logging.getLogger(__name__)
+
+RESULTS_NAME = "results.json"
+
+
+def check_output_dir(folder: str | Path, num_bytes: int = 0) -> Path:
+    """Makes the folder, and sees before any work that it can be written to and holds what will come.
+
+    Args:
+        folder: Where a run will write.
+        num_bytes: What it will write.
+
+    Raises:
+        FileExistsError: It holds a finished run, or is a file.
+        PermissionError: It cannot be written to.
+        OSError: The disk has too little space.
+    """
+    folder = Path(folder)
+    if (folder / RESULTS_NAME).exists():
+        raise FileExistsError(
+            f"'{folder}' holds a finished run ({RESULTS_NAME}); choose another `output_dir` or remove it"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise PermissionError(f"cannot write to '{folder}' ({error.strerror}); choose another `output_dir`") from error
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise OSError(
+            f"'{folder}' needs {num_bytes / 1e9:.1f} GB and has {free / 1e9:.1f} GB free; make room, choose another "
+            "`output_dir`, or keep fewer checkpoints with `save_total_limit`"
+        )
+    return folder
+
+
+def last_checkpoint(folder: str | Path) -> Path | None:
+    """Newest complete checkpoint of a run; what a killed process left half written is removed.
+
+    Trainer writes its state last, so a checkpoint is complete once that file can be read.
+    """
+    complete = []
+    for checkpoint in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        try:
+            step = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["global_step"]
+            complete.append((step, checkpoint))
+        except (OSError, ValueError):
+            logger.warning("removing the incomplete checkpoint '%s'", checkpoint)
+            shutil.rmtree(checkpoint)
+    return max(complete)[1] if complete else None
+
+
+def same_run(folder: str | Path, arguments: dict) -> None:
+    """Keeps what a run was started with, and sees that it is resumed with the same.
+
+    Raises:
+        ValueError: A checkpoint was made with other arguments.
+    """
+    path = Path(folder) / "arguments.json"
+    arguments = json.loads(json.dumps(arguments))
+    if last_checkpoint(folder) is not None and path.exists():
+        before = json.loads(path.read_text())
+        changed = [
+            f"{name}: {before.get(name)!r} before, {value!r} now"
+            for name, value in arguments.items()
+            if before.get(name) != value
+        ]
+        if changed:
+            raise ValueError(
+                f"'{folder}' has checkpoints of a run with other arguments ({'; '.join(changed)}); give the same "
+                "command to go on, or choose another `output_dir`"
+            )
+    write_text(path, json.dumps(arguments, indent=1))
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    path = Path(path)
+    descriptor, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(draft, 0o644)
+        os.replace(draft, path)
+    except BaseException:
+        os.unlink(draft)
+        raise
+
+
+def write_files(folder: str | Path, write: Callable[[Path], None]) -> None:
+    """Lets `write` fill a folder of its own, and moves each of its finished files into `folder`."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".draft-") as draft:
+        write(Path(draft))
+        for path in sorted(Path(draft).iterdir()):
+            os.replace(path, Path(folder) / path.name)
