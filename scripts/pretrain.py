@@ -284,7 +284,12 @@ def main(argv: Sequence[str] | None = None) -> dict:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(ConciseProgress())
 
-    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    except BaseException:
+        if training_args.should_save and (checkpoint := last_checkpoint(training_args.output_dir)) is not None:
+            logger.error("training broke off; the same command goes on from '%s'", checkpoint.name)
+        raise
     if stop.stopped:
         logger.warning("stopped at step %d; the same command goes on from there", trainer.state.global_step)
         sys.exit(130)
