@@ -17,7 +17,6 @@ import json
 import logging
 import math
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -239,7 +238,6 @@ def main(argv: Sequence[str] | None = None) -> dict:
             f"{training_args.n_gpu} GPUs are visible to one process; start one process for each, with `torchrun "
             f"--nproc_per_node {training_args.n_gpu} scripts/pretrain.py ...`"
         )
-    start = time.perf_counter()
     check_output_dir(training_args.output_dir)
     same_run(training_args.output_dir, {**asdict(args), "seed": training_args.seed})
     set_seed(training_args.seed)
@@ -295,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         sys.exit(130)
     if validation and not just_evaluated(trainer):
         trainer.evaluate()
-    results = summarise(trainer, model, time.perf_counter() - start)
+    results = summarise(trainer, model)
 
     def write(folder: Path) -> None:
         set_sparse_prediction(model, False)
@@ -334,9 +332,14 @@ def describe(args: PretrainingArguments, training_args: TrainingArguments, model
     }
 
 
-def summarise(trainer: PretrainingTrainer, model: PreTrainedModel, seconds: float) -> dict:
-    """Figures of a finished run: last losses, tokens, time, and the settings that made them."""
-    results = {"parameters": model.num_parameters(), "tokens": trainer.state.num_input_tokens_seen}
+def summarise(trainer: PretrainingTrainer, model: PreTrainedModel) -> dict:
+    """Figures of a finished run, resumed or not: last losses, tokens, seconds of training, versions."""
+    seconds, tokens = 0.0, 0
+    for entry in trainer.state.log_history:
+        if "tokens_per_second" in entry:
+            seconds += (entry["tokens"] - tokens) / entry["tokens_per_second"]
+            tokens = entry["tokens"]
+    results = {"parameters": model.num_parameters(), "tokens": trainer.state.num_input_tokens_seen, "seconds": seconds}
     evaluations = [entry for entry in trainer.state.log_history if any(name.startswith("eval_") for name in entry)]
     for entry in evaluations:
         for name, value in entry.items():
@@ -347,7 +350,7 @@ def summarise(trainer: PretrainingTrainer, model: PreTrainedModel, seconds: floa
         results["perplexity"] = math.exp(results["eval_loss"])
     for entry in trainer.state.log_history:
         results |= {name: entry[name] for name in ("mlm_loss", "kl_loss", "hidden_loss", "aux_loss") if name in entry}
-    return {**results, "seconds": seconds, **environment()}
+    return {**results, **environment()}
 
 
 def card_facts(args, training_args, model: ModernAlbertForMaskedLM, results: dict) -> PretrainingFacts:
