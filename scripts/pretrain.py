@@ -36,7 +36,7 @@ from transformers import (
 from modernalbert import ModernAlbertConfig, ModernAlbertForMaskedLM
 from modernalbert.tokenization import load_tokenizer, padded_vocab_size, save_tokenizer
 from modernalbert.training.arguments import parse_arguments
-from modernalbert.training.callbacks import ConciseProgress, ReportWriter, StepClock, StopOnSignal
+from modernalbert.training.callbacks import ConciseProgress, ReportWriter, StopOnSignal
 from modernalbert.training.cards import PretrainingFacts, environment, write_card
 from modernalbert.training.checkpoints import (
     RESULTS_NAME,
@@ -263,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     trainer = PretrainingTrainer(
         model=model,
         args=training_args,
-        data_collator=PackedCollator(tokenizer),
+        data_collator=PackedCollator(tokenizer, args.max_length),
         train_dataset=rows,
         eval_dataset=validation if len(validation) > 1 else next(iter(validation.values()), None),
         processing_class=tokenizer,
@@ -276,8 +276,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
     )
     stop = StopOnSignal(trainer.accelerator)
     title = f"Pretraining of {Path(training_args.output_dir).name}"
-    for callback in (StepClock(trainer), stop, ReportWriter(title, describe(args, training_args, model))):
-        trainer.add_callback(callback)
+    trainer.add_callback(stop)
+    trainer.add_callback(ReportWriter(title, describe(args, training_args, model)))
     if not training_args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(ConciseProgress())

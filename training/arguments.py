@@ -47,7 +47,11 @@ def parse_arguments(
             raise ValueError(f"there is no argument `{name}`{f'; did you mean `{near[0]}`?' if near else ''}")
         if value is None:
             continue
-        items = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-        flags += [f"--{name}", *map(str, items)]
+        if value == []:
+            parser.set_defaults(**{name: []})
+        elif isinstance(value, list):
+            flags += [f"--{name}", *map(str, value)]
+        else:
+            flags.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
     *parsed, _ = parser.parse_args_into_dataclasses([*flags, *rest])
     return tuple(parsed)

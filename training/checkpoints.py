@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -34,10 +35,12 @@ def check_output_dir(folder: str | Path, num_bytes: int = 0) -> Path:
         raise FileExistsError(
             f"'{folder}' holds a finished run ({RESULTS_NAME}); choose another `output_dir` or remove it"
         )
-    folder.mkdir(parents=True, exist_ok=True)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+    except FileExistsError as error:
+        raise FileExistsError(f"'{folder}' is a file; choose another `output_dir`") from error
     except OSError as error:
         raise PermissionError(f"cannot write to '{folder}' ({error.strerror}); choose another `output_dir`") from error
     free = shutil.disk_usage(folder).free
@@ -56,12 +59,14 @@ def last_checkpoint(folder: str | Path) -> Path | None:
     """
     complete = []
     for checkpoint in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        if not re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", checkpoint.name):
+            continue
         try:
             step = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["global_step"]
             complete.append((step, checkpoint))
-        except (OSError, ValueError):
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
             logger.warning("removing the incomplete checkpoint '%s'", checkpoint)
-            shutil.rmtree(checkpoint)
+            shutil.rmtree(checkpoint, ignore_errors=True)  # another process may be faster
     return max(complete)[1] if complete else None
 
 

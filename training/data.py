@@ -3,14 +3,13 @@
 import glob
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets, load_dataset
+from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets, interleave_datasets, load_dataset
 from datasets.exceptions import DatasetGenerationError
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 
@@ -26,7 +25,8 @@ def find_files(patterns: Sequence[str]) -> dict[str, list[str]]:
     """
     found = defaultdict(list)
     for pattern in patterns:
-        paths = [path for path in sorted(glob.glob(pattern, recursive=True)) if Path(path).is_file()]
+        names = glob.escape(pattern) if Path(pattern).exists() else pattern
+        paths = [path for path in sorted(glob.glob(names, recursive=True)) if Path(path).is_file()]
         if not paths:
             raise FileNotFoundError(f"no file matches '{pattern}'")
         for path in paths:
@@ -44,16 +44,21 @@ def load_files(patterns: Sequence[str], streaming: bool = False) -> Dataset | It
         FileNotFoundError: A pattern matches no file.
         ValueError: A file has an ending for which there is no reader, or cannot be read.
     """
-    parts = []
+    return concatenate_datasets(list(open_files(patterns, streaming)))
+
+
+def open_files(patterns: Sequence[str], streaming: bool = False) -> Iterator[Dataset | IterableDataset]:
+    """One data set for each kind of file; for errors see [`load_files`]."""
     for reader, paths in find_files(patterns).items():
         try:
-            parts.append(load_dataset(reader, data_files=paths, split="train", streaming=streaming))
-        except (DatasetGenerationError, OSError, ValueError) as error:
+            part = load_dataset(reader, data_files=paths, split="train", streaming=streaming)
+            next(iter(part), None)  # a stream reads nothing before
+        except (DatasetGenerationError, OSError, ValueError, StopIteration) as error:
             cause = error.__cause__ or error
             raise ValueError(
                 f"cannot read {', '.join(paths)} as {reader}: {cause}; mend or leave out the file"
             ) from error
-    return concatenate_datasets(parts)
+        yield part
 
 
 def load_texts(
@@ -86,11 +91,18 @@ def load_texts(
     parts = []
     for source in sources:
         if glob.has_magic(source) or Path(source).exists() or Path(source).suffix in READERS:
-            part = load_files([source], streaming)
+            opened = open_files([source], streaming)
         else:
             name, _, configuration = source.partition(":")
-            part = load_dataset(name, configuration or None, split=split, streaming=streaming)
-        parts.append(check_texts(part, source, text_column).select_columns([text_column]))
+            opened = [load_dataset(name, configuration or None, split=split, streaming=streaming)]
+        # Other columns need not agree, and pandas and Polars make `large_string` where others make `string`.
+        strings = Features({text_column: Value("string")})
+        kinds = [check_texts(part, source, text_column).select_columns([text_column]) for part in opened]
+        if streaming:  # `cast` leaves the tables of a stream as they are
+            kinds = [part.map(lambda batch: batch, batched=True, features=strings) for part in kinds]
+        else:
+            kinds = [part.cast(strings) for part in kinds]
+        parts.append(concatenate_datasets(kinds))
     if mixing_weights and len(parts) > 1:
         shares = [weight / sum(mixing_weights) for weight in mixing_weights]
         texts = interleave_datasets(parts, probabilities=shares, seed=seed, stopping_strategy="all_exhausted")
@@ -103,7 +115,13 @@ def name_sources(sources: Sequence[str]) -> dict[str, str]:
     """A short name for each source, to report its figures under: the file's or the Hub data set's, where unique."""
     short = {source: Path(source.partition(":")[0]).stem for source in sources}
     count = Counter(short.values())
-    return {s: name if count[name] == 1 else re.sub(r"\W+", "_", s).strip("_") for s, name in short.items()}
+    names = {}
+    for source, name in short.items():
+        name = name if count[name] == 1 else re.sub(r"\W+", "_", source).strip("_")
+        while name in names.values():
+            name += "_"
+        names[source] = name
+    return names
 
 
 def check_texts(part: Dataset | IterableDataset, source: str, text_column: str) -> Dataset | IterableDataset:
@@ -193,11 +211,11 @@ class TokenMasker:
         """`input_ids [rows, length]` with a key for each row, to masked `input_ids` and `labels`, -100 elsewhere."""
         draws = np.stack(
             [
-                np.random.default_rng([self.seed, *key]).random((2, input_ids.shape[1]), dtype=np.float32)
+                np.random.default_rng([self.seed, len(key), *key]).random((input_ids.shape[1], 2), dtype=np.float32)
                 for key in keys
             ]
         )
-        chance, fate = torch.from_numpy(draws).to(input_ids.device).unbind(dim=1)
+        chance, fate = torch.from_numpy(draws).to(input_ids.device).unbind(dim=-1)
         special = self.special.to(input_ids.device)
         chosen = (chance < self.probability) & ~torch.isin(input_ids, special)
         labels = input_ids.masked_fill(~chosen, -100)
@@ -222,23 +240,32 @@ class PackedCollator:
     """Pads packed rows to one length, and gives positions that start anew with every text.
 
     The model takes position 0 for the start of another text, see `ModernAlbertModel.forward`.
+
+    Args:
+        tokenizer: For its `[CLS]` and `[PAD]`.
+        max_length: Length of every batch, so that processes have equal shapes; default: that of its longest row.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None):
+        self.max_length = max_length
         self.cls_token_id = tokenizer.cls_token_id
         self.pad_token_id = tokenizer.pad_token_id
 
     def __call__(self, rows: Sequence[dict]) -> dict[str, torch.Tensor]:
         """Rows of `input_ids` and maybe `labels` to `input_ids`, `attention_mask`, `position_ids`, `labels`."""
-        input_ids = [torch.tensor(row["input_ids"]) for row in rows]
+        length = self.max_length or max(len(row["input_ids"]) for row in rows)
+
+        def pad(name, value):
+            return torch.tensor([row[name] + [value] * (length - len(row[name])) for row in rows])
+
+        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
         batch = {
-            "input_ids": pad_sequence(input_ids, batch_first=True, padding_value=self.pad_token_id),
-            "attention_mask": pad_sequence([torch.ones_like(row) for row in input_ids], batch_first=True),
+            "input_ids": pad("input_ids", self.pad_token_id),
+            "attention_mask": (torch.arange(length) < lengths[:, None]).long(),
         }
         places = torch.arange(batch["input_ids"].shape[1])  # [CLS] is special, so that it is never masked
         starts = torch.where(batch["input_ids"] == self.cls_token_id, places, 0).cummax(dim=1).values
         batch["position_ids"] = places - starts
         if "labels" in rows[0]:
-            labels = [torch.tensor(row["labels"]) for row in rows]
-            batch["labels"] = pad_sequence(labels, batch_first=True, padding_value=-100)
+            batch["labels"] = pad("labels", -100)
         return batch

@@ -17,7 +17,7 @@ def packed_inputs(model: PreTrainedModel, inputs: dict) -> dict:
         inputs: A batch of `PackedCollator`.
 
     Raises:
-        ValueError: The model is neither of them.
+        ValueError: The model is neither of them, or a ModernBERT with another attention than sdpa.
     """
     if model.config.model_type == "modernalbert":
         return inputs
@@ -25,6 +25,10 @@ def packed_inputs(model: PreTrainedModel, inputs: dict) -> dict:
         raise ValueError(
             f"packed rows would let texts of a {model.config.model_type} see each other; use a ModernALBERT or a "
             "ModernBERT"
+        )
+    if model.config._attn_implementation != "sdpa":  # the others would add such a mask, or not see it
+        raise ValueError(
+            f"packed rows of a ModernBERT need `attn_implementation='sdpa'`, got '{model.config._attn_implementation}'"
         )
     position_ids = inputs["position_ids"]
     text_ids = (position_ids == 0).cumsum(-1).masked_fill(inputs["attention_mask"] == 0, 0)

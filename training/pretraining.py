@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import Trainer
 
+from .callbacks import StepClock
 from .data import TokenMasker
 from .distillation import Distiller, packed_inputs
 
@@ -95,12 +96,24 @@ class PretrainingTrainer(Trainer):
         self.terms = defaultdict(float)
         self.terms_steps = self.window_tokens = self.window_squares = 0
         self.window_seconds = 0.0
+        self.add_callback(StepClock(self))
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         if self.args.lr_scheduler_type == "warmup_stable_decay":
-            decay_steps = self.decay_steps * (num_training_steps if self.decay_steps < 1 else 1)
-            schedule = {"decay_type": "1-sqrt", "num_decay_steps": round(decay_steps)}
-            self.args.lr_scheduler_kwargs = {**schedule, **(self.args.lr_scheduler_kwargs or {})}
+            warmup_steps = self.args.get_warmup_steps(num_training_steps)
+            decay_steps = round(self.decay_steps * (num_training_steps if self.decay_steps < 1 else 1))
+            if warmup_steps + decay_steps > num_training_steps:
+                raise ValueError(
+                    f"{warmup_steps} warmup steps and {decay_steps} decay steps do not fit in {num_training_steps} steps; "
+                    "lower `warmup_steps` or `decay_steps`, or raise `max_steps`"
+                )
+            schedule = {"decay_type": "1-sqrt", "num_decay_steps": decay_steps}
+            given = self.args.lr_scheduler_kwargs
+            self.args.lr_scheduler_kwargs = {**schedule, **(given or {})}
+            try:
+                return super().create_scheduler(num_training_steps, optimizer)
+            finally:
+                self.args.lr_scheduler_kwargs = given
         return super().create_scheduler(num_training_steps, optimizer)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
@@ -116,7 +129,7 @@ class PretrainingTrainer(Trainer):
         self.window_squares += squares
         self.terms_steps += 1
         self.state.num_input_tokens_seen += self.tokens_in_batch
-        return batches, num_items
+        return batches, num_items if num_items is None else num_items.clamp(min=1)
 
     def mask_batches(self, batches: Iterable[dict]) -> Iterator[dict]:
         """The micro-batches of a step, masked; a row's key is the step and its place in the global batch."""
@@ -162,7 +175,7 @@ class PretrainingTrainer(Trainer):
                 router_logits, len(config.mol_groups), config.num_experts_per_tok, attention_mask
             )
             weight = self.accelerator.num_processes * attention_mask.sum() / self.tokens_in_batch
-        for index, group in enumerate(config.mol_groups):
+        for index, group in enumerate(sorted(config.mol_groups)):
             self.terms[f"router_entropy/group_{group}"] += weight * entropy[index]
             for expert in range(config.num_experts):
                 self.terms[f"expert_load/group_{group}/expert_{expert}"] += weight * load[index, expert]
