@@ -229,7 +229,9 @@ def collect_states(model: nn.Module, mixtures: Sequence[nn.Module], batches: Ite
     return [torch.cat(states) for states in collected]
 
 
-def check_arguments(config, method: str, fold: bool, weights, batches, num_experts: int | None) -> None:
+def check_arguments(
+    config, method: str, fold: bool, weights, batches, rank: int | None, num_experts: int | None
+) -> None:
     """Refuses what cannot be merged in the way that was asked for.
 
     Raises:
@@ -253,6 +255,8 @@ def check_arguments(config, method: str, fold: bool, weights, batches, num_exper
                 f"`weights` must have {len(config.mol_groups)} rows, one for each MoL group, of {config.num_experts} "
                 f"values; got rows of {shape}"
             )
+    if rank is not None and rank < 1:
+        raise ValueError(f"`rank` must be at least 1, got {rank}")
     if method == "cluster":
         if num_experts is None or not 2 <= num_experts < config.num_experts:
             raise ValueError(
@@ -277,14 +281,15 @@ def merge_experts(
 ) -> None:
     """Merges the experts of every MoL layer of a model in place; see `ModernAlbertPreTrainedModel.merge_experts`."""
     config = model.config
-    check_arguments(config, method, fold, weights, batches, num_experts)
+    check_arguments(config, method, fold, weights, batches, rank, num_experts)
     blocks = [block for block in model.modules() if isinstance(getattr(block, "mlp", None), mixture_layer)]
     if config.num_experts == 1 and method != "drop":  # a merged adapter, to be folded
         method, batches = "uniform", None
     states = [None] * len(blocks)
     if METHODS[method][1] == "text":
         states = collect_states(model, [block.mlp for block in blocks], batches)
-    rank = rank or config.expert_rank
+    # One rank for both projections, which no matrix of either exceeds.
+    rank = min(rank or config.expert_rank, config.hidden_size, config.mol_intermediate_size)
     for index, block in enumerate(blocks):
         wide = torch.promote_types(block.mlp.Wi.weight.dtype, torch.float32)
         mixture = copy.deepcopy(block.mlp).eval().to(wide)

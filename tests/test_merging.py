@@ -397,6 +397,7 @@ def test_a_model_of_clusters_saves_trains_and_merges_on(make_model, tmp_path):
         ("frequency", {"batches": []}, "`batches` is empty"),
         ("cluster", {"batches": TEXT}, "needs `num_experts` from 2 to 3, got None"),
         ("cluster", {"batches": TEXT, "num_experts": 4}, "needs `num_experts` from 2 to 3, got 4"),
+        ("svd", {"rank": 0}, "`rank` must be at least 1, got 0"),
         ("uniform", {"num_experts": 2}, "`num_experts` is for method 'cluster'"),
     ],
 )
