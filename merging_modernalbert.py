@@ -11,77 +11,378 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Expert merging: the experts of a MoL group become one adapter, or part of the shared projections."""
+"""Expert merging: the experts of a MoL group become one adapter, part of the shared projections, or fewer experts.
 
-from collections.abc import Callable
+Factors are those of `ModernAlbertExperts`: `A [E, r, in]` and `B [E, out, r]` of one projection, whose expert e adds
+`s B_e A_e` to the shared weight, s = alpha / r. A merged pair has shapes `[rank, in]` and `[out, rank]`, and the same s.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 
-def uniform(factors: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean of the factors, `A = 1/E sum_e A_e` and `B = 1/E sum_e B_e` (the paper's uniform merging).
+def average(A: torch.Tensor, B: torch.Tensor, weights: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean of the factors, `A = sum_e w_e A_e` and `B = sum_e w_e B_e`: the paper's merging, as far as it is known.
+
+    The product of two means is not the mean of the products: corrections that differ cancel twice.
+    """
+    return torch.einsum("e,eri->ri", weights, A), torch.einsum("e,eor->or", weights, B)
+
+
+def svd(A: torch.Tensor, B: torch.Tensor, weights: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean of the products, `sum_e w_e B_e A_e`, at the rank given: the closest such matrix in Frobenius norm."""
+    A, B = cat(A, B, weights, rank)
+    # The SVD of a thin product, without making the product: B = Q R, A^T = P S, B A = Q (R S^T) P^T.
+    (Q, R), (P, S) = torch.linalg.qr(B), torch.linalg.qr(A.mT)
+    U, values, Vh = torch.linalg.svd(R @ S.mT)
+    root = values[:rank].sqrt()
+    return root[:, None] * (Vh[:rank] @ P.mT), (Q @ U[:, :rank]) * root
+
+
+def cat(A: torch.Tensor, B: torch.Tensor, weights: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean of the products, exactly, at rank E r: the factors side by side, the weights in B."""
+    return A.flatten(0, 1), (weights[:, None, None] * B).transpose(0, 1).flatten(1)
+
+
+def drop(A: torch.Tensor, B: torch.Tensor, weights: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """No correction at all: the shared layer alone. The control that every method has to beat."""
+    return torch.zeros_like(A[0]), torch.zeros_like(B[0])
+
+
+# What each method makes of a group's experts, and where the weights of the experts come from: even, given by the caller
+# (or even), or the routing of calibration text. `regression` and `cluster` are functions of a whole layer.
+METHODS: dict[str, tuple[Callable | None, str]] = {
+    "uniform": (average, "even"),
+    "ema": (average, "given"),
+    "svd": (svd, "given or even"),
+    "cat": (cat, "given or even"),
+    "frequency": (svd, "text"),
+    "regression": (None, "text"),
+    "cluster": (None, "text"),
+    "drop": (drop, "even"),
+}
+
+
+def routing_weights(mixture: nn.Module, states: torch.Tensor) -> torch.Tensor:
+    """Weight that the router gives to each expert for each token, 0 where it is not chosen.
 
     Args:
-        factors: `A [E, r, in]` and `B [E, out, r]` of one projection.
+        mixture: MoL layer, in evaluation mode.
+        states: Its inputs, `[tokens, H]`.
 
     Returns:
-        `A [r, in]` and `B [out, r]`.
+        `[tokens, E]`.
     """
-    A, B = factors
-    return A.mean(dim=0), B.mean(dim=0)
+    logits, weights, chosen = mixture.router(states)
+    return torch.zeros_like(logits).scatter(1, chosen, weights.to(logits.dtype))
 
 
-METHODS: dict[str, Callable] = {"uniform": uniform}
+def mean_routing(mixture: nn.Module, states: torch.Tensor) -> torch.Tensor:
+    """Mean over tokens of [`routing_weights`], `[E]`."""
+    return torch.cat([routing_weights(mixture, part) for part in states.split(2048)]).mean(dim=0).to(states)
 
 
-@torch.no_grad()
-def merge_experts(model: nn.Module, plain_layer: type, mixture_layer: type, method: str, fold: bool) -> None:
-    """Merges the experts of every MoL layer of a model in place, in float32 at least.
+def reduced_rank(
+    gram: torch.Tensor, cross: torch.Tensor, prior: torch.Tensor, rank: int, ridge: float = 1e-3
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Reduced-rank regression: the pair that minimises `sum_t |y_t - B A x_t|^2`, in closed form.
+
+    The least-squares solution, projected on the leading directions of what it predicts (Izenman, 1975).
 
     Args:
-        model: A ModernALBERT, with any head.
-        plain_layer: Class of the feed-forward layer that a folded layer becomes.
-        mixture_layer: Class of the layers that hold experts.
-        method: A name from [`METHODS`].
-        fold: Whether the adapter is added into the shared projections.
+        gram: `sum_t x_t x_t^T`, `[in, in]`.
+        cross: `sum_t x_t y_t^T`, `[in, out]`.
+        prior: Solution in directions that the text hardly shows, `[in, out]`.
+        rank: At most `min(in, out)` of it is used.
+        ridge: Pull towards the prior, in parts of the mean of the diagonal of `gram`.
+
+    Returns:
+        `A [rank, in]` and `B [out, rank]`.
+    """
+    damped = gram + ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    factor = torch.linalg.cholesky(damped)
+    solution = prior + torch.cholesky_solve(cross - gram @ prior, factor)  # [in, out]
+    B = torch.linalg.svd(factor.mT @ solution, full_matrices=False).Vh[:rank].mT
+    return (solution @ B).mT, B
+
+
+def regression(mixture: nn.Module, states: torch.Tensor, rank: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """The adapter that best reproduces a routed layer on given inputs: two regressions in closed form, ours.
+
+    First the input projection, `x = h`, `y = sum_e p_e(h) s B1_e A1_e h`: the mean correction of the chosen experts,
+    which fixed weights miss as far as routing depends on h. Then the output projection, given the activations of the
+    first: `x = geglu(W_i' h)`, `y = MoL(h) - W_o x`, which also makes up for what the first could not reproduce. Both
+    start from the mean of the products with the router's mean weights, as `frequency`.
+
+    Args:
+        mixture: MoL layer, in evaluation mode.
+        states: Inputs of all its runs on calibration text, `[tokens, H]`.
+        rank: Of the adapter.
+
+    Returns:
+        `A` and `B` for `"in"` and `"out"`, with the scale of the experts divided out.
+    """
+    experts = mixture.experts
+    chunks = states.split(2048)
+    usage = mean_routing(mixture, states)
+
+    def fit(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], A, B) -> tuple[torch.Tensor, torch.Tensor]:
+        gram = cross = 0
+        for x, y in pairs:
+            gram, cross = gram + (x.mT @ x).double(), cross + (x.mT @ y).double()
+        prior = experts.scaling * torch.einsum("e,eri,eor->io", usage, A, B)
+        return tuple(factor.to(states) for factor in reduced_rank(gram, cross, prior.double(), rank))
+
+    def input_corrections():
+        for h in chunks:
+            low = torch.einsum("th,erh->ter", h, experts.in_A) * routing_weights(mixture, h).to(h)[..., None]
+            yield h, experts.scaling * torch.einsum("ter,eor->to", low, experts.in_B)
+
+    in_A, in_B = fit(input_corrections(), experts.in_A, experts.in_B)
+
+    def output_corrections():
+        for h in chunks:
+            activated = mixture.gated(mixture.Wi(h) + F.linear(F.linear(h, in_A), in_B))
+            yield activated, mixture(h) - mixture.Wo(activated)
+
+    out_A, out_B = fit(output_corrections(), experts.out_A, experts.out_B)
+    return {"in": (in_A, in_B / experts.scaling), "out": (out_A, out_B / experts.scaling)}
+
+
+def similarity(mixture: nn.Module, states: torch.Tensor) -> torch.Tensor:
+    """Cosine between the corrections that the experts make to a layer's output, over all given tokens.
+
+    Args:
+        mixture: MoL layer.
+        states: Its inputs, `[tokens, H]`.
+
+    Returns:
+        `[E, E]`, 1 on the diagonal; 0 where an expert corrects nothing.
+    """
+    experts = mixture.experts
+    products = 0
+    for h in states.split(512):
+        projected = mixture.Wi(h)
+        shared = mixture.Wo(mixture.gated(projected))
+        corrections = []
+        for in_A, in_B, out_A, out_B in zip(*experts.parameters(), strict=True):
+            activated = mixture.gated(projected + experts.scaling * F.linear(F.linear(h, in_A), in_B))
+            output = mixture.Wo(activated) + experts.scaling * F.linear(F.linear(activated, out_A), out_B)
+            corrections.append((output - shared).flatten())
+        stacked = torch.stack(corrections).double()  # [E, tokens * H]
+        products = products + stacked @ stacked.mT
+    norms = products.diagonal().sqrt()
+    return products / (norms[:, None] * norms).clamp(min=torch.finfo(products.dtype).tiny)
+
+
+def cluster(mixture: nn.Module, states: torch.Tensor, num_experts: int) -> list[list[int]]:
+    """Experts that make similar corrections, in `num_experts` groups: average linkage, from the most similar pair on."""
+    cosines = similarity(mixture, states)
+    groups = [[expert] for expert in range(len(cosines))]
+    while len(groups) > num_experts:
+        pairs = [(i, j) for i in range(len(groups)) for j in range(i)]
+        i, j = max(pairs, key=lambda pair: cosines[groups[pair[0]]][:, groups[pair[1]]].mean())
+        groups[j] += groups.pop(i)
+    return groups
+
+
+def merge_router(mixture: nn.Module, states: torch.Tensor, groups: list[list[int]]) -> torch.Tensor:
+    """Router rows of merged experts, `[groups, H]`: the linear map closest to the log of the groups' probabilities.
+
+    A group's probability is the sum of its experts', whose logit is `logsumexp` of theirs. That is not linear in the
+    token; this is its least-squares fit on the calibration text, after the part that all logits share is taken out.
+    """
+    gram = cross = 0
+    for h in states.split(2048):
+        logits = F.linear(h.to(mixture.router.weight.dtype), mixture.router.weight)
+        targets = torch.stack([logits[:, group].logsumexp(dim=-1) for group in groups], dim=-1)
+        targets = targets - targets.mean(dim=-1, keepdim=True)
+        gram, cross = gram + (h.mT @ h).double(), cross + (h.mT.to(targets.dtype) @ targets).double()
+    damped = gram + 1e-6 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return torch.linalg.solve(damped, cross).mT
+
+
+def collect_states(model: nn.Module, mixtures: Sequence[nn.Module], batches: Iterable[dict]) -> list[torch.Tensor]:
+    """Inputs of MoL layers over all their runs, `[tokens, H]` each, on batches of the encoder's inputs."""
+    collected = [[] for _ in mixtures]
+
+    def keep(index):
+        return lambda module, inputs: collected[index].append(inputs[0].flatten(0, -2))
+
+    handles = [mixture.register_forward_pre_hook(keep(index)) for index, mixture in enumerate(mixtures)]
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        for batch in batches:
+            model.base_model(**{name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"})
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    if not collected[0]:
+        raise ValueError("`batches` is empty: give the method some text")
+    return [torch.cat(states) for states in collected]
+
+
+def check_arguments(
+    config, method: str, fold: bool, weights, batches, rank: int | None, num_experts: int | None
+) -> None:
+    """Refuses what cannot be merged in the way that was asked for.
 
     Raises:
-        ValueError: There are no experts to merge, or the method is unknown.
+        ValueError: There are no experts to merge, the method is unknown, or it lacks what it needs.
     """
-    config = model.config
     if method not in METHODS:
         raise ValueError(f"there is no merging method {method!r}; the methods are {', '.join(METHODS)}")
     if config.num_experts == 0 or not config.mol_groups or (config.num_experts == 1 and not fold):
         raise ValueError(
             f"there is nothing to merge: `num_experts` is {config.num_experts} in {len(config.mol_groups)} MoL groups"
         )
+    source = METHODS[method][1]
+    if source == "text" and batches is None:
+        raise ValueError(f"method {method!r} looks at how text is routed: give it some as `batches`")
+    if source == "given" and weights is None:
+        raise ValueError(f"method {method!r} needs `weights`, one for each expert of each MoL group")
+    if weights is not None:
+        shape = [len(row) for row in weights]
+        if shape != [config.num_experts] * len(config.mol_groups):
+            raise ValueError(
+                f"`weights` must have {len(config.mol_groups)} rows, one for each MoL group, of {config.num_experts} "
+                f"values; got rows of {shape}"
+            )
+    if rank is not None and rank < 1:
+        raise ValueError(f"`rank` must be at least 1, got {rank}")
+    if method == "cluster":
+        if num_experts is None or not 2 <= num_experts < config.num_experts:
+            raise ValueError(
+                f"method 'cluster' needs `num_experts` from 2 to {config.num_experts - 1}, got {num_experts}; to one "
+                "expert all other methods merge"
+            )
+    elif num_experts is not None:
+        raise ValueError(f"`num_experts` is for method 'cluster'; {method!r} merges to one adapter")
+
+
+@torch.no_grad()
+def merge_experts(
+    model: nn.Module,
+    plain_layer: type,
+    mixture_layer: type,
+    method: str,
+    fold: bool,
+    weights: Sequence[Sequence[float]] | None,
+    batches: Iterable[dict] | None,
+    rank: int | None,
+    num_experts: int | None,
+) -> None:
+    """Merges the experts of every MoL layer of a model in place; see `ModernAlbertPreTrainedModel.merge_experts`."""
+    config = model.config
+    check_arguments(config, method, fold, weights, batches, rank, num_experts)
     blocks = [block for block in model.modules() if isinstance(getattr(block, "mlp", None), mixture_layer)]
-    for block in blocks:
-        mixture = block.mlp
-        experts = mixture.experts
-        merged = {}
-        for side in ("in", "out"):
-            factors = (getattr(experts, f"{side}_A"), getattr(experts, f"{side}_B"))
-            wide = torch.promote_types(factors[0].dtype, torch.float32)
-            merged[side] = METHODS[method](tuple(factor.to(wide) for factor in factors))
-        if fold:
-            for side, linear in (("in", mixture.Wi), ("out", mixture.Wo)):
-                A, B = merged[side]
-                linear.weight.copy_(linear.weight.to(A.dtype) + experts.scaling * (B @ A))
-            folded = plain_layer.__new__(plain_layer)
-            nn.Module.__init__(folded)
-            for name in ("Wi", "act", "Wo", "drop"):
-                setattr(folded, name, getattr(mixture, name))
-            folded.train(mixture.training)
-            block.mlp = folded
+    if config.num_experts == 1 and method != "drop":  # a merged adapter, to be folded
+        method, batches = "uniform", None
+    states = [None] * len(blocks)
+    if METHODS[method][1] == "text":
+        states = collect_states(model, [block.mlp for block in blocks], batches)
+    # One rank for both projections, which no matrix of either exceeds.
+    rank = min(rank or config.expert_rank, config.hidden_size, config.mol_intermediate_size)
+    for index, block in enumerate(blocks):
+        wide = torch.promote_types(block.mlp.Wi.weight.dtype, torch.float32)
+        mixture = copy.deepcopy(block.mlp).eval().to(wide)
+        given = None if weights is None else torch.tensor(weights[index], dtype=wide)
+        own = None if states[index] is None else states[index].to(wide)
+        if method == "cluster":
+            reduce_experts(block.mlp, mixture, own, num_experts)
         else:
-            for side, (A, B) in merged.items():
-                for name, factor in ((f"{side}_A", A), (f"{side}_B", B)):
-                    old = getattr(experts, name)
-                    setattr(experts, name, nn.Parameter(factor[None].to(old.dtype), old.requires_grad))
-            mixture.router = None
-    config.num_experts = 0 if fold else 1
+            adapter = merge_layer(mixture, method, own, given, rank)
+            if fold:
+                block.mlp = fold_adapter(block.mlp, adapter, plain_layer)
+            else:
+                keep_adapter(block.mlp, adapter)
+    if method == "cluster":
+        config.num_experts = num_experts
+        config.num_experts_per_tok = min(config.num_experts_per_tok, num_experts)
+    elif fold:
+        config.num_experts = 0
+    else:
+        config.num_experts = 1
+        config.expert_rank, before = blocks[0].mlp.experts.in_A.shape[1], config.expert_rank
+        config.expert_alpha = config.expert_alpha * config.expert_rank / before
 
 
-__all__ = ["METHODS", "merge_experts", "uniform"]
+def merge_layer(mixture, method: str, states, weights, rank: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """One pair `A [rank, in]`, `B [out, rank]` for the projections `"in"` and `"out"` of a layer."""
+    if method == "regression":
+        return regression(mixture, states, rank)
+    experts = mixture.experts
+    if method == "frequency":
+        weights = mean_routing(mixture, states)
+    if weights is None:
+        weights = experts.in_A.new_ones(len(experts.in_A))
+    weights = (weights / weights.sum()).to(experts.in_A)
+    combine = METHODS[method][0]
+    return {
+        "in": combine(experts.in_A, experts.in_B, weights, rank),
+        "out": combine(experts.out_A, experts.out_B, weights, rank),
+    }
+
+
+def fold_adapter(mixture: nn.Module, adapter: dict, plain_layer: type) -> nn.Module:
+    """A plain feed-forward layer with the adapter added to its projections."""
+    for linear, (A, B) in ((mixture.Wi, adapter["in"]), (mixture.Wo, adapter["out"])):
+        linear.weight.copy_(linear.weight.to(A.dtype) + mixture.experts.scaling * (B @ A))
+    folded = plain_layer.__new__(plain_layer)
+    nn.Module.__init__(folded)
+    for name in ("Wi", "act", "Wo", "drop"):
+        setattr(folded, name, getattr(mixture, name))
+    return folded.train(mixture.training)
+
+
+def keep_adapter(mixture: nn.Module, adapter: dict) -> None:
+    """Replaces the experts by one, and takes the router away."""
+    set_experts(mixture, {side: (A[None], B[None]) for side, (A, B) in adapter.items()})
+    mixture.router = None
+
+
+def set_experts(mixture: nn.Module, factors: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Gives a layer new factors `A [E, r, in]` and `B [E, out, r]`, in the precision of the old."""
+    for side, (A, B) in factors.items():
+        for name, factor in ((f"{side}_A", A), (f"{side}_B", B)):
+            old = getattr(mixture.experts, name)
+            setattr(mixture.experts, name, nn.Parameter(factor.to(old).contiguous(), old.requires_grad))
+
+
+def reduce_experts(mixture: nn.Module, wide: nn.Module, states: torch.Tensor, num_experts: int) -> None:
+    """Merges similar experts of a layer, each cluster by `svd` with the weights that the router gave its members.
+
+    Args:
+        mixture: The layer to change.
+        wide: The same in float32 at least.
+        states: Its inputs on calibration text, `[tokens, H]`.
+        num_experts: Experts that are left.
+    """
+    experts = wide.experts
+    usage = mean_routing(wide, states)
+    groups = cluster(wide, states, num_experts)
+    factors = {}
+    for side in ("in", "out"):
+        A, B = getattr(experts, f"{side}_A"), getattr(experts, f"{side}_B")
+        # Members that the text never used count alike.
+        shares = [usage[group] + torch.finfo(usage.dtype).tiny for group in groups]
+        pairs = [
+            svd(A[group], B[group], share / share.sum(), A.shape[1])
+            for group, share in zip(groups, shares, strict=True)
+        ]
+        factors[side] = tuple(torch.stack(parts) for parts in zip(*pairs, strict=True))
+    router = mixture.router
+    rows = merge_router(wide, states, groups)
+    router.weight = nn.Parameter(rows.to(router.weight), router.weight.requires_grad)
+    router.num_experts_per_tok = min(router.num_experts_per_tok, num_experts)
+    set_experts(mixture, factors)
+
+
+__all__ = ["METHODS", "merge_experts"]

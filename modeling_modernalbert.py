@@ -19,8 +19,9 @@ real tokens of the batch, one text after the other. Inside the encoder hidden st
 `[batch, seq, hidden]` where there is no padding to remove or a graph is being traced.
 """
 
+import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -441,22 +442,39 @@ class ModernAlbertPreTrainedModel(PreTrainedModel):
                 init.copy_(getattr(module, f"{layer_type}_inv_freq"), inv_freq)
                 init.copy_(getattr(module, f"{layer_type}_original_inv_freq"), inv_freq)
 
-    def merge_experts(self, method: str = "uniform", fold: bool = True) -> "ModernAlbertPreTrainedModel":
-        """Merges the experts of every MoL group into one adapter, in place.
+    def merge_experts(
+        self,
+        method: str = "uniform",
+        fold: bool = True,
+        *,
+        weights: Sequence[Sequence[float]] | None = None,
+        batches: Iterable[dict] | None = None,
+        rank: int | None = None,
+        num_experts: int | None = None,
+        inplace: bool = True,
+    ) -> "ModernAlbertPreTrainedModel":
+        """Merges the experts of every MoL group into one adapter.
 
         Args:
-            method: A name from `merging_modernalbert.METHODS`.
+            method: A name from `merging_modernalbert.METHODS`, where each says what it computes.
             fold: Whether the adapter is added into the shared projections, which leaves a plain recursive encoder
-                (`num_experts=0`), or kept beside them (`num_experts=1`).
+                (`num_experts=0`), or kept beside them (`num_experts=1`). `"cluster"` leaves experts and a router.
+            weights: Of every expert of every MoL group, for `"ema"`, `"svd"` and `"cat"`; default: even.
+            batches: Calibration text, for `"frequency"`, `"regression"` and `"cluster"`: inputs of the encoder.
+            rank: Of the adapter, for `"svd"`, `"frequency"` and `"regression"`, cut to the width of the layer;
+                default: the experts'. Folded, any rank costs the same.
+            num_experts: Experts that `"cluster"` leaves.
+            inplace: Whether this model is merged, or a copy of it.
 
         Returns:
-            This model; its configuration says what it is now, so that saving and loading work.
+            The merged model; its configuration says what it is now, so that saving and loading work.
 
         Raises:
-            ValueError: There are no experts to merge, or the method is unknown.
+            ValueError: There are no experts to merge, the method is unknown, or it lacks what it needs.
         """
-        merge_experts(self, ModernAlbertMLP, ModernAlbertMoL, method, fold)
-        return self
+        model = self if inplace else copy.deepcopy(self)
+        merge_experts(model, ModernAlbertMLP, ModernAlbertMoL, method, fold, weights, batches, rank, num_experts)
+        return model
 
 
 @auto_docstring

@@ -36,7 +36,7 @@ from transformers import (
 from modernalbert import ModernAlbertConfig, ModernAlbertForMaskedLM
 from modernalbert.tokenization import load_tokenizer, padded_vocab_size, save_tokenizer
 from modernalbert.training.arguments import parse_arguments
-from modernalbert.training.callbacks import ConciseProgress, ReportWriter, StopOnSignal
+from modernalbert.training.callbacks import ConciseProgress, ReportWriter, RoutingFrequencies, StopOnSignal
 from modernalbert.training.cards import PretrainingFacts, environment, write_card
 from modernalbert.training.checkpoints import (
     RESULTS_NAME,
@@ -278,6 +278,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
     title = f"Pretraining of {Path(training_args.output_dir).name}"
     trainer.add_callback(stop)
     trainer.add_callback(ReportWriter(title, describe(args, training_args, model)))
+    if getattr(model.config, "has_router", False):
+        trainer.add_callback(RoutingFrequencies())
     if not training_args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(ConciseProgress())

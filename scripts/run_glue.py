@@ -31,7 +31,8 @@ from transformers import (
 )
 
 import modernalbert  # noqa: F401  (registers the Auto classes)
-from modernalbert.training.data import load_files
+from modernalbert.training.callbacks import RoutingFrequencies
+from modernalbert.training.data import load_labelled
 from modernalbert.training.metrics import GLUE_TASKS, compute_metrics
 
 
@@ -73,19 +74,9 @@ def load_task(args: ClassificationArguments) -> tuple[Dataset | None, Dataset, l
         splits = load_dataset("nyu-mll/glue", args.task_name)
         validation = splits["validation_matched" if args.task_name == "mnli" else "validation"]
         return splits["train"], validation, [column for column in columns if column], metrics
-    train = load_files(args.train_files) if args.train_files else None
-    validation = load_files(args.validation_files)
-    for rows in filter(None, (train, validation)):
-        for column in (*args.text_columns, args.label_column):
-            if column not in rows.column_names:
-                raise ValueError(f"there is no column '{column}', but {', '.join(map(repr, rows.column_names))}")
-            if None in rows.unique(column):
-                raise ValueError(
-                    f"column '{column}' is empty in row {rows[column].index(None)}; mend or drop that row"
-                )
-    if args.label_column != "label":
-        train = train and train.rename_column(args.label_column, "label")
-        validation = validation.rename_column(args.label_column, "label")
+    columns = (args.text_columns, args.label_column)
+    train = load_labelled(args.train_files, *columns) if args.train_files else None
+    validation = load_labelled(args.validation_files, *columns)
     regression = isinstance(validation[0]["label"], float)
     return train, validation, args.text_columns, ("pearson", "spearman") if regression else ("accuracy",)
 
@@ -128,6 +119,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         processing_class=tokenizer,
         compute_metrics=lambda prediction: compute_metrics(metrics, prediction.predictions, prediction.label_ids),
     )
+    if getattr(model.config, "has_router", False):
+        trainer.add_callback(RoutingFrequencies())
     if training_args.do_train:
         checkpoints = list(Path(training_args.output_dir).glob("checkpoint-*/trainer_state.json"))
         trainer.train(resume_from_checkpoint=bool(checkpoints))

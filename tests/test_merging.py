@@ -1,5 +1,6 @@
 import copy
 
+import numpy as np
 import pytest
 import torch
 
@@ -8,7 +9,7 @@ from modernalbert import (
     ModernAlbertForSequenceClassification,
     ModernAlbertModel,
 )
-from modernalbert.merging_modernalbert import METHODS, uniform
+from modernalbert.merging_modernalbert import average, cat, collect_states, merge_router, reduced_rank, similarity, svd
 from modernalbert.mixture_modernalbert import ModernAlbertMLP, ModernAlbertMoL
 
 
@@ -71,9 +72,10 @@ def test_uniform_is_the_mean_of_the_factors(make_model):
     torch.testing.assert_close(folded.Wo.weight.detach(), Wo + scaling * B2 @ A2, rtol=1e-12, atol=1e-12)
 
 
-def test_default_is_uniform():
-    assert METHODS["uniform"] is uniform
-    assert ModernAlbertModel.merge_experts.__defaults__ == ("uniform", True)
+def test_default_is_uniform_and_folded(make_model):
+    model = make_model()
+    expected = states(copy.deepcopy(model).merge_experts("uniform", True))
+    torch.testing.assert_close(states(model.merge_experts()), expected, rtol=0, atol=0)
 
 
 @each_way
@@ -205,3 +207,244 @@ def test_merging_twice_is_refused(make_model, fold):
     model = make_model().merge_experts(fold=fold)
     with pytest.raises(ValueError, match="there is nothing to merge"):
         model.merge_experts(fold=fold)
+
+
+def dense(A, B):
+    """`B_e A_e` of every expert, as NumPy arrays."""
+    return [b.numpy() @ a.numpy() for a, b in zip(A, B, strict=True)]
+
+
+@pytest.fixture
+def factors():
+    generator = torch.Generator().manual_seed(0)
+    A = torch.randn(4, 3, 11, generator=generator, dtype=torch.float64)
+    B = torch.randn(4, 17, 3, generator=generator, dtype=torch.float64)
+    return A, B, torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
+
+
+def test_average_is_the_weighted_mean_of_the_factors(factors):
+    A, B, weights = factors
+    merged_A, merged_B = average(*factors, rank=3)
+    torch.testing.assert_close(merged_A, sum(w * a for w, a in zip(weights, A, strict=True)))
+    torch.testing.assert_close(merged_B, sum(w * b for w, b in zip(weights, B, strict=True)))
+
+
+def test_cat_is_the_weighted_mean_of_the_products(factors):
+    merged_A, merged_B = cat(*factors, rank=3)
+    assert merged_A.shape == (12, 11) and merged_B.shape == (17, 12)
+    expected = sum(w * product for w, product in zip(factors[2].numpy(), dense(*factors[:2]), strict=True))
+    np.testing.assert_allclose((merged_B @ merged_A).numpy(), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 7])
+def test_svd_is_the_closest_matrix_of_its_rank(factors, rank):
+    merged_A, merged_B = svd(*factors, rank)
+    assert merged_A.shape == (rank, 11) and merged_B.shape == (17, rank)
+    mean = sum(w * product for w, product in zip(factors[2].numpy(), dense(*factors[:2]), strict=True))
+    U, S, Vh = np.linalg.svd(mean)
+    closest = (U[:, :rank] * S[:rank]) @ Vh[:rank]
+    np.testing.assert_allclose((merged_B @ merged_A).numpy(), closest, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("combine", [average, svd, cat])
+def test_one_hot_weights_return_that_expert(factors, combine):
+    A, B, _ = factors
+    merged_A, merged_B = combine(A, B, torch.tensor([0, 0, 1, 0], dtype=torch.float64), rank=3)
+    np.testing.assert_allclose((merged_B @ merged_A).numpy(), dense(A, B)[2], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("rank", [1, 4, 9])
+def test_reduced_rank_regression_is_least_squares_projected_on_its_predictions(rank):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(50, 9)), rng.normal(size=(50, 13))
+    prior = torch.zeros(9, 13, dtype=torch.float64)
+    A, B = reduced_rank(torch.tensor(x.T @ x), torch.tensor(x.T @ y), prior, rank, ridge=0)
+    solution = np.linalg.lstsq(x, y, rcond=None)[0]
+    directions = np.linalg.svd(x @ solution)[2][:rank]
+    np.testing.assert_allclose((B @ A).numpy().T, solution @ directions.T @ directions, rtol=1e-8, atol=1e-8)
+
+
+TEXT = [{"input_ids": torch.randint(5, 100, (8, 32), generator=torch.Generator().manual_seed(n))} for n in range(4)]
+
+
+@each_way
+@pytest.mark.parametrize("method", ["uniform", "ema", "svd", "cat", "frequency", "regression"])
+def test_every_method_merges_equal_experts_to_themselves(make_model, method, fold):
+    model = make_model(dtype=torch.float64, **BOTH_GROUPS)
+    with torch.no_grad():
+        for layer in model.layers:
+            for factor in layer.mlp.experts.parameters():
+                factor.copy_(factor[:1].expand_as(factor))
+    routed = states(model)
+    given = {"weights": [[1, 2, 3, 4], [4, 3, 2, 1]]} if method == "ema" else {}
+    model.merge_experts(method, fold, batches=TEXT, **given)
+    torch.testing.assert_close(states(model), routed, rtol=1e-8, atol=1e-8)
+
+
+def layer_error(model, merged):
+    """Relative error of a merged layer on the inputs that the routed one gets from the calibration text."""
+    mixture = model.layers[1].mlp
+    with torch.no_grad():
+        (inputs,) = collect_states(model, [mixture], TEXT)
+        expected = mixture(inputs)
+        return ((merged.layers[1].mlp(inputs) - expected).norm() / expected.norm()).item()
+
+
+def test_regression_is_closer_to_the_routed_layer_than_any_mean(make_model):
+    model = make_model(dtype=torch.float64)
+    errors = {
+        method: layer_error(model, copy.deepcopy(model).merge_experts(method, batches=TEXT))
+        for method in ("uniform", "svd", "cat", "frequency", "regression", "drop")
+    }
+    assert errors["regression"] < 0.9 * min(error for method, error in errors.items() if method != "regression")
+    wider = layer_error(model, copy.deepcopy(model).merge_experts("regression", batches=TEXT, rank=20))
+    assert wider < errors["regression"]
+
+
+def test_frequency_takes_the_weights_of_the_router(make_model):
+    model = make_model(dtype=torch.float64)
+    mixture = model.layers[1].mlp
+    with torch.no_grad():
+        (inputs,) = collect_states(model, [mixture], TEXT)
+        used = torch.zeros(4, dtype=torch.float64)
+        for token in inputs:
+            _, weights, experts = mixture.router(token[None])
+            for weight, expert in zip(weights[0], experts[0], strict=True):
+                used[expert] += weight / len(inputs)
+    expected = copy.deepcopy(model).merge_experts("svd", weights=[used.tolist()])
+    torch.testing.assert_close(states(model.merge_experts("frequency", batches=TEXT)), states(expected))
+
+
+def test_drop_leaves_the_shared_layer(make_model):
+    model = make_model()
+    Wi = model.layers[1].mlp.Wi.weight.clone()
+    torch.testing.assert_close(model.merge_experts("drop").layers[1].mlp.Wi.weight, Wi, rtol=0, atol=0)
+
+
+def test_cat_kept_unfolded_has_its_own_rank_in_the_configuration(make_model, tmp_path):
+    model = make_model(dtype=torch.float64)
+    folded = states(copy.deepcopy(model).merge_experts("cat"))
+    model.merge_experts("cat", fold=False)
+    assert (model.config.expert_rank, model.config.expert_alpha) == (12, 24)
+    model.save_pretrained(tmp_path)
+    loaded = ModernAlbertModel.from_pretrained(tmp_path)
+    torch.testing.assert_close(states(loaded), folded, rtol=1e-10, atol=1e-10)
+
+
+def test_similarity_is_the_cosine_of_corrections(make_model):
+    model = make_model(dtype=torch.float64)
+    mixture = model.layers[1].mlp
+    with torch.no_grad():
+        (inputs,) = collect_states(model, [mixture], TEXT[:1])
+        cosines = similarity(mixture, inputs)
+        shared = mixture.Wo(mixture.gated(mixture.Wi(inputs)))
+        corrections = []
+        for expert in range(4):  # an expert alone is a merge to that expert
+            alone = copy.deepcopy(model).merge_experts("cat", weights=[[float(e == expert) for e in range(4)]])
+            corrections.append((alone.layers[1].mlp(inputs) - shared).flatten())
+    for i in range(4):
+        for j in range(4):
+            expected = torch.nn.functional.cosine_similarity(corrections[i], corrections[j], dim=0)
+            torch.testing.assert_close(cosines[i, j], expected)
+
+
+def test_cluster_joins_experts_that_do_the_same(make_model):
+    """Experts 0 and 2, and 1 and 3, are equal: two are left, which are these."""
+    model = make_model(dtype=torch.float64)
+    mixture = model.layers[1].mlp
+    with torch.no_grad():
+        for factor in mixture.experts.parameters():
+            factor[2:] = factor[:2]
+        products = [mixture.experts.in_B[e] @ mixture.experts.in_A[e] for e in range(2)]
+    model.merge_experts("cluster", batches=TEXT, num_experts=2)
+    experts = model.layers[1].mlp.experts
+    left = [(experts.in_B[e] @ experts.in_A[e]).detach() for e in range(2)]
+    for product in products:
+        assert min((product - other).norm() for other in left) < 1e-10
+    assert model.config.num_experts == 2 and model.config.num_experts_per_tok == 2
+    assert model.layers[1].mlp.router.weight.shape == (2, 32)
+
+
+def test_the_router_of_clusters_gives_the_sum_of_their_probabilities(make_model):
+    """Exactly, where the members of a cluster have equal rows and clusters have equal size."""
+    model = make_model(dtype=torch.float64)
+    mixture = model.layers[1].mlp
+    with torch.no_grad():
+        mixture.router.weight[2:] = mixture.router.weight[:2]
+        (inputs,) = collect_states(model, [mixture], TEXT)
+        rows = merge_router(mixture, inputs, [[0, 2], [1, 3]])
+        probabilities = (inputs @ mixture.router.weight.T).softmax(-1)
+    expected = torch.stack([probabilities[:, [0, 2]].sum(-1), probabilities[:, [1, 3]].sum(-1)], dim=-1)
+    torch.testing.assert_close((inputs @ rows.T).softmax(-1), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_a_model_of_clusters_saves_trains_and_merges_on(make_model, tmp_path):
+    model = make_model(ModernAlbertForMaskedLM, **BOTH_GROUPS)
+    model.merge_experts("cluster", batches=TEXT, num_experts=3).save_pretrained(tmp_path)
+    loaded = ModernAlbertForMaskedLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded(INPUT_IDS, MASK).logits, model(INPUT_IDS, MASK).logits, rtol=0, atol=0)
+    loaded.train()(INPUT_IDS, MASK, labels=INPUT_IDS).loss.backward()
+    assert all(parameter.grad is not None for parameter in loaded.parameters())
+    assert loaded.merge_experts("svd").config.num_experts == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "message"),
+    [
+        ("ema", {}, "'ema' needs `weights`"),
+        ("svd", {"weights": [[1, 2, 3]]}, r"1 rows, .* of 4 values; got rows of \[3\]"),
+        ("regression", {}, "'regression' looks at how text is routed: give it some as `batches`"),
+        ("frequency", {"batches": []}, "`batches` is empty"),
+        ("cluster", {"batches": TEXT}, "needs `num_experts` from 2 to 3, got None"),
+        ("cluster", {"batches": TEXT, "num_experts": 4}, "needs `num_experts` from 2 to 3, got 4"),
+        ("svd", {"rank": 0}, "`rank` must be at least 1, got 0"),
+        ("uniform", {"num_experts": 2}, "`num_experts` is for method 'cluster'"),
+    ],
+)
+def test_what_a_method_lacks_is_named(make_model, method, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_model().merge_experts(method, **arguments)
+
+
+def test_collecting_keeps_each_modules_mode(make_model):
+    model = make_model(router_jitter_noise=0.5).train()
+    model.layers[0].eval()
+    first = collect_states(model, [model.layers[1].mlp], TEXT)
+    assert model.layers[1].mlp.training and not model.layers[0].training
+    torch.testing.assert_close(first, collect_states(model, [model.layers[1].mlp], TEXT), rtol=0, atol=0)
+
+
+def test_experts_that_correct_nothing_are_similar_to_none(make_model):
+    model = make_model()
+    mixture = model.layers[1].mlp
+    with torch.no_grad():
+        for factor in (mixture.experts.in_B, mixture.experts.out_B):
+            factor[1:] = 0
+        (inputs,) = collect_states(model, [mixture], TEXT[:1])
+        cosines = similarity(mixture, inputs)
+    expected = torch.zeros(4, 4, dtype=cosines.dtype)
+    expected[0, 0] = 1
+    torch.testing.assert_close(cosines, expected)
+
+
+def test_a_single_adapter_is_folded_or_dropped(make_model):
+    model = make_model(num_experts=1, num_experts_per_tok=1)
+    Wi = model.layers[1].mlp.Wi.weight.clone()
+    folded, dropped = (copy.deepcopy(model).merge_experts(method) for method in ("svd", "drop"))
+    torch.testing.assert_close(states(folded), states(model))
+    torch.testing.assert_close(dropped.layers[1].mlp.Wi.weight, Wi, rtol=0, atol=0)
+
+
+def test_calibration_runs_the_encoder_alone(make_model):
+    model = make_model(ModernAlbertForMaskedLM)
+    model.decoder.register_forward_hook(lambda *arguments: pytest.fail("the head over the vocabulary ran"))
+    model.merge_experts("frequency", batches=TEXT[:1])
+
+
+def test_a_copy_is_merged_where_asked(make_model):
+    model = make_model()
+    before = copy.deepcopy(model.state_dict())
+    merged = model.merge_experts("svd", inplace=False)
+    assert (merged.config.num_experts, model.config.num_experts) == (0, 4)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    torch.testing.assert_close(states(merged), states(model.merge_experts("svd")), rtol=0, atol=0)

@@ -25,7 +25,17 @@ from .data import READERS
 
 ROOT = Path(__file__).parents[1]
 TEMPLATE = ROOT / "model_cards" / "pretrained.md"
+MERGED_TEMPLATE = ROOT / "model_cards" / "merged.md"
 TAGS = ["modernalbert", "recursive-transformer", "mixture-of-loras", "masked-lm", "encoder"]
+
+# What each head is for, as the Hub calls it.
+PIPELINES = {
+    "ModernAlbertModel": "feature-extraction",
+    "ModernAlbertForMaskedLM": "fill-mask",
+    "ModernAlbertForSequenceClassification": "text-classification",
+    "ModernAlbertForTokenClassification": "token-classification",
+    "ModernAlbertForQuestionAnswering": "question-answering",
+}
 
 # A folder of this machine: the whole of a text, or inside one; `//` starts the host of a URL, which stays.
 WHOLE_PATH = re.compile(r"(/(?!/)|~|\.{1,2}/|file:|[A-Za-z]:[\\/]|\\\\)")
@@ -135,6 +145,34 @@ def write_card(folder: str | Path, facts: PretrainingFacts) -> Path:
         for source, loss in facts.eval_losses.items()
     ]
     card = ModelCard.from_template(data, template_path=str(TEMPLATE), base=base, **values)
+    path = Path(folder) / "README.md"
+    write_text(path, str(card))
+    return path
+
+
+def write_merged_card(folder: str | Path, name: str, head: str, source: str, report: dict, license: str) -> Path:
+    """Writes `README.md` for a model with merged experts, whole or not at all.
+
+    Args:
+        folder: Of the model.
+        name: Hub id, or name of the folder.
+        head: Class of the model.
+        source: Hub id or folder of the model with its experts.
+        report: What `merge_report.json` holds.
+        license: Licence of the weights, by its identifier on the Hub.
+
+    Returns:
+        The card's path.
+    """
+    data = ModelCardData(
+        license=license,
+        library_name="transformers",
+        pipeline_tag=PIPELINES.get(head),
+        tags=[tag for tag in TAGS if tag != "masked-lm"] + ["merge"],
+        base_model=hub_id(source),
+    )
+    values = {"name": name, "head": head, "task": PIPELINES.get(head), "report": clean(report)}
+    card = ModelCard.from_template(data, template_path=str(MERGED_TEMPLATE), environment=environment(), **values)
     path = Path(folder) / "README.md"
     write_text(path, str(card))
     return path

@@ -47,6 +47,22 @@ def load_files(patterns: Sequence[str], streaming: bool = False) -> Dataset | It
     return concatenate_datasets(list(open_files(patterns, streaming)))
 
 
+def load_labelled(patterns: Sequence[str], text_columns: Sequence[str], label_column: str) -> Dataset:
+    """Rows of local files that have texts and a label, the latter in a column `label`.
+
+    Raises:
+        FileNotFoundError: A pattern matches no file.
+        ValueError: A column is missing, or a row has no label; and what [`load_files`] raises.
+    """
+    rows = load_files(patterns)
+    for column in (*text_columns, label_column):
+        if column not in rows.column_names:
+            raise ValueError(f"there is no column '{column}', but {', '.join(map(repr, rows.column_names))}")
+        if None in rows.unique(column):
+            raise ValueError(f"column '{column}' is empty in row {rows[column].index(None)}; mend or drop that row")
+    return rows if label_column == "label" else rows.rename_column(label_column, "label")
+
+
 def open_files(patterns: Sequence[str], streaming: bool = False) -> Iterator[Dataset | IterableDataset]:
     """One data set for each kind of file; for errors see [`load_files`]."""
     for reader, paths in find_files(patterns).items():

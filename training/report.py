@@ -50,13 +50,14 @@ svg {{ width: 100%; height: auto; }}
 th, td {{ padding: 0 1.5rem 0 0; text-align: left; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }}
 </style>
 <h1>{title}</h1>
-{facts}
+{body}
+</html>
+"""
+BODY = """{facts}
 {curves}
 <p><small>Long curves show means of neighbouring values.</small></p>
 <h2>Last values</h2>
-{values}
-</html>
-"""
+{values}"""
 
 Curve = tuple[Sequence[float], Sequence[float]]  # steps, values
 
@@ -73,13 +74,12 @@ def write_report(path: str | Path, log_history: list[dict], title: str, facts: d
     curves = read_curves(log_history)
     panels = select_panels(curves)
     last = [(name, f"{values[-1]:.6g}", f"step {steps[-1]}") for name, (steps, values) in curves.items()]
-    page = PAGE.format(
-        title=html.escape(title),
+    body = BODY.format(
         facts=format_table(facts.items()),
         curves=draw(panels) if panels else "<p>Nothing was logged yet.</p>",
         values=format_table(last),
     )
-    write_text(path, page)
+    write_text(path, PAGE.format(title=html.escape(title), body=body))
 
 
 def read_curves(log_history: list[dict]) -> dict[str, Curve]:
@@ -113,7 +113,6 @@ def describe_speed(curves: dict[str, Curve]) -> str:
 def draw(panels: dict[str, dict[str, Curve]]) -> str:
     """All panels, as an SVG element in two columns."""
     rows = math.ceil(len(panels) / 2)
-    buffer = StringIO()
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10, 2.6 * rows), layout="constrained")
         for place, (title, curves) in enumerate(panels.items(), start=1):
@@ -127,9 +126,15 @@ def draw(panels: dict[str, dict[str, Curve]]) -> str:
                 axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
             if title != "losses":
                 axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))  # noise does not look like change
-        # Metadata would bring a date and addresses.
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+        return to_svg(figure)
+
+
+def to_svg(figure: Figure) -> str:
+    """SVG element of a figure, to be called in the context of `STYLE`."""
+    buffer = StringIO()
+    # Metadata would bring a date and addresses.
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     svg = buffer.getvalue()
     return svg[svg.index("<svg") :].replace(INK, "currentColor")
 

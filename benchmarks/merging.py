@@ -1,0 +1,254 @@
+"""What merging experts costs: routed models against every merging method, before and after fine-tuning.
+
+    python benchmarks/merging.py --models runs/a runs/b runs/c --tasks tasks.json --train_data "prose/train-*.parquet" \
+        --validation_data prose/validation.parquet --output_dir runs/benchmark-merging
+
+`--models` are routed masked language models that differ by their seed. For each of them: masked-LM loss of the routed
+model and of every merge of it, and for each task the metric of the routed classifier, of every merge of that classifier
+(fine-tune, then merge), and of classifiers that were fine-tuned from merged models (merge, then fine-tune). Calibration
+text is the task's own training text, and `--train_data` for masked-LM. `tasks.json` maps a name to the arguments of
+`scripts/run_glue.py`: `{"sst2": {"train_files": [...], "validation_files": [...], "text_columns": ["sentence"]}}`.
+
+A job that has ended is not repeated. Writes `merging.json` and a Markdown table.
+"""
+
+import copy
+import json
+import os
+import statistics
+import subprocess
+import sys
+from argparse import ArgumentParser, Namespace
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+
+from modernalbert import ModernAlbertForMaskedLM
+from modernalbert.training.checkpoints import write_text
+from modernalbert.training.data import PackedCollator, TokenMasker, load_files, load_texts, mask_rows, pack_texts
+from modernalbert.training.metrics import compute_metrics
+
+
+FULL = 1_000_000  # more than any matrix has: no limit to the rank
+METHODS = {
+    "drop": {"method": "drop"},
+    "uniform": {"method": "uniform"},
+    "svd": {"method": "svd"},
+    "cat": {"method": "cat"},
+    "frequency": {"method": "frequency"},
+    "regression": {"method": "regression"},
+    "regression, full rank": {"method": "regression", "rank": FULL},
+    "cluster to 4": {"method": "cluster", "num_experts": 4},
+    "cluster to 2": {"method": "cluster", "num_experts": 2},
+}
+BEFORE = ("drop", "uniform", "svd", "regression, full rank")  # methods to fine-tune from, beside routed
+
+
+def merge(model: PreTrainedModel, name: str, batches: list[dict]) -> PreTrainedModel:
+    """A merged copy; `routed` is the model itself."""
+    return model if name == "routed" else copy.deepcopy(model).merge_experts(batches=batches, **METHODS[name])
+
+
+def packed_batches(args: Namespace, tokenizer, sources: list[str], rows: int, masked: bool) -> list[dict]:
+    """Batches of packed rows of 128 tokens, with fixed masks and labels if `masked`."""
+    texts = load_texts(sources)
+    packed = pack_texts(texts.select(range(min(len(texts), 50 * rows))), tokenizer, 128)
+    packed = packed.select(range(min(rows, len(packed))))
+    if masked:
+        packed = mask_rows(packed, TokenMasker(tokenizer, 0.3))
+    collate = PackedCollator(tokenizer, 128)
+    return [
+        collate([packed[i] for i in range(start, min(start + 32, len(packed)))]) for start in range(0, len(packed), 32)
+    ]
+
+
+@torch.no_grad()
+def masked_lm_losses(args: Namespace, folder: str) -> dict[str, float]:
+    """Nats for each masked token, of the routed model and of every merge."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    calibration = packed_batches(args, tokenizer, args.train_data, args.calibration_rows, masked=True)
+    validation = packed_batches(args, tokenizer, args.validation_data, args.validation_rows, masked=True)
+    routed = ModernAlbertForMaskedLM.from_pretrained(folder).eval()
+    losses = {}
+    for name in ("routed", *METHODS):
+        model = merge(routed, name, calibration)
+        model.config.sparse_prediction = True
+        total = count = 0
+        for batch in validation:
+            labelled = int((batch["labels"] != -100).sum())
+            total, count = total + labelled * model(**batch).loss.item(), count + labelled
+        losses[name] = total / count
+    return losses
+
+
+def fine_tune(args: Namespace, model: str | Path, task: dict, output_dir: Path, seed: int) -> float:
+    """Runs `scripts/run_glue.py`; returns its first metric."""
+    script = Path(__file__).parents[1] / "scripts" / "run_glue.py"
+    flags = [
+        part
+        for name, value in task.items()
+        for part in (f"--{name}", *(value if isinstance(value, list) else [value]))
+    ]
+    command = [
+        *(
+            sys.executable,
+            str(script),
+            "--model_name_or_path",
+            str(model),
+            "--output_dir",
+            str(output_dir),
+            "--do_train",
+        ),
+        *("--per_device_train_batch_size", "32", "--per_device_eval_batch_size", "64", "--learning_rate", "5e-4"),
+        *("--num_train_epochs", str(args.epochs), "--warmup_steps", "0.1", "--max_length", "96", "--seed", str(seed)),
+        *("--save_strategy", "no", "--report_to", "none", "--use_cpu", "true", "--disable_tqdm", "true"),
+        *("--dataloader_pin_memory", "false", *flags),
+    ]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr[-3000:]}")
+    return next(iter(json.loads((output_dir / "results.json").read_text()).values()))
+
+
+def cut(task: dict, folder: Path, args: Namespace) -> dict:
+    """The task with at most so many rows, drawn with a fixed seed."""
+    cut = dict(task)
+    for name, rows in (("train_files", args.train_rows), ("validation_files", args.validation_examples)):
+        texts = load_files(task[name])
+        path = folder / f"{name}.parquet"
+        texts.shuffle(seed=0).select(range(min(rows, len(texts)))).to_parquet(path)
+        cut[name] = [str(path)]
+    return cut
+
+
+@torch.no_grad()
+def evaluate(model: PreTrainedModel, batches: list[dict], labels: list, regression: bool) -> float:
+    logits = torch.cat([model(**batch).logits for batch in batches])
+    return compute_metrics(("pearson",) if regression else ("accuracy",), logits.numpy(), labels).popitem()[1]
+
+
+def task_scores(args: Namespace, folder: str, task: dict, output_dir: Path, seed: int) -> dict[str, dict[str, float]]:
+    """Scores by order and method. `output_dir` holds what the job writes."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    task = cut(task, output_dir, args)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def encode(files: list[str], limit: int | None) -> tuple[list[dict], list]:
+        rows = load_files(files)
+        rows = rows.select(range(min(limit or len(rows), len(rows))))
+        columns = [list(rows[column]) for column in task["text_columns"]]
+        batches = []
+        for start in range(0, len(rows), 64):
+            texts = [column[start : start + 64] for column in columns]
+            batches.append(tokenizer(*texts, truncation=True, max_length=96, padding=True, return_tensors="pt"))
+        return [dict(batch) for batch in batches], list(rows[task.get("label_column", "label")])
+
+    calibration, _ = encode(task["train_files"], 512)
+    validation, labels = encode(task["validation_files"], None)
+    regression = isinstance(labels[0], float)
+    fine_tune(args, folder, task, output_dir / "routed", seed)
+    routed = AutoModelForSequenceClassification.from_pretrained(output_dir / "routed").eval()
+    after = {
+        name: evaluate(merge(routed, name, calibration), validation, labels, regression)
+        for name in ("routed", *METHODS)
+    }
+    before = {"routed": after["routed"]}
+    for name in BEFORE:
+        merged = merge(ModernAlbertForMaskedLM.from_pretrained(folder), name, calibration)
+        start = output_dir / "merged"
+        merged.save_pretrained(start)
+        tokenizer.save_pretrained(start)
+        fine_tune(args, start, task, output_dir / "tuned", seed)
+        tuned = AutoModelForSequenceClassification.from_pretrained(output_dir / "tuned").eval()
+        before[name] = evaluate(tuned, validation, labels, regression)
+    return {"fine-tune, then merge": after, "merge, then fine-tune": before}
+
+
+def run_job(args: Namespace, seed: int, name: str) -> None:
+    folder = args.models[seed]
+    path = args.output_dir / f"{seed}-{name}.json"
+    if name == "mlm":
+        result = masked_lm_losses(args, folder)
+    else:
+        task = json.loads(Path(args.tasks).read_text())[name]
+        result = task_scores(args, folder, task, args.output_dir / f"{seed}-{name}", seed)
+    write_text(path, json.dumps(result, indent=1))
+
+
+def summarise(args: Namespace, tasks: list[str]) -> None:
+    """Prints the tables: means over the models, and the paired difference to routed with its standard error."""
+    read = {
+        (seed, name): json.loads((args.output_dir / f"{seed}-{name}.json").read_text())
+        for seed in range(len(args.models))
+        for name in ("mlm", *tasks)
+    }
+    seeds = range(len(args.models))
+
+    def row(title: str, values: list[list[float]], routed: list[list[float]], scale: float, digits: int) -> str:
+        cells = []
+        for own, reference in zip(values, routed, strict=True):
+            differences = [scale * (a - b) for a, b in zip(own, reference, strict=True)]
+            error = statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else 0
+            mean = scale * statistics.mean(own)
+            cells.append(f"{mean:.{digits}f} ({statistics.mean(differences):+.{digits}f} ± {error:.{digits}f})")
+        return f"| {title} | " + " | ".join(cells) + " |"
+
+    lines = ["| method | masked-LM loss | recovered |", "|---|---|---|"]
+    losses = {name: [read[seed, "mlm"][name] for seed in seeds] for name in ("routed", *METHODS)}
+    for name, values in losses.items():
+        gaps = [
+            (drop - value) / (drop - routed)
+            for value, drop, routed in zip(values, losses["drop"], losses["routed"], strict=True)
+        ]
+        lines.append(row(name, [values], [losses["routed"]], 1, 4) + f" {statistics.mean(gaps):.0%} |")
+    for order, names in (("fine-tune, then merge", METHODS), ("merge, then fine-tune", BEFORE)):
+        lines += ["", f"| {order} | " + " | ".join(tasks) + " |", "|---" * (len(tasks) + 1) + "|"]
+        routed = [[read[seed, task][order]["routed"] for seed in seeds] for task in tasks]
+        for name in ("routed", *names):
+            values = [[read[seed, task][order][name] for seed in seeds] for task in tasks]
+            lines.append(row(name, values, routed, 100, 1))
+    text = "\n".join(lines) + "\n"
+    write_text(args.output_dir / "merging.md", text)
+    write_text(
+        args.output_dir / "merging.json", json.dumps({f"{s}-{n}": value for (s, n), value in read.items()}, indent=1)
+    )
+    print(text)
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", required=True)
+    parser.add_argument("--tasks", help="JSON file, see above")
+    parser.add_argument("--train_data", nargs="+", required=True, help="calibration text for masked-LM")
+    parser.add_argument("--validation_data", nargs="+", required=True)
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/benchmark-merging"))
+    parser.add_argument("--calibration_rows", type=int, default=256)
+    parser.add_argument("--validation_rows", type=int, default=512)
+    parser.add_argument("--train_rows", type=int, default=4000)
+    parser.add_argument("--validation_examples", type=int, default=2000)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--processes", type=int, default=2, help="jobs at a time, one thread each")
+    parser.add_argument("--job", nargs=2, help="run one job, SEED NAME, in this process")
+    args = parser.parse_args()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    if args.job:
+        run_job(args, int(args.job[0]), args.job[1])
+        return
+    tasks = list(json.loads(Path(args.tasks).read_text())) if args.tasks else []
+
+    def start(seed: int, name: str) -> None:
+        if not (args.output_dir / f"{seed}-{name}.json").exists():
+            command = [sys.executable, *sys.argv, "--job", str(seed), name]
+            subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    with ThreadPoolExecutor(args.processes) as pool:
+        jobs = [pool.submit(start, seed, name) for name in ("mlm", *tasks) for seed in range(len(args.models))]
+        for job in jobs:
+            job.result()
+    summarise(args, tasks)
+
+
+if __name__ == "__main__":
+    main()
