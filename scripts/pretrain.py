@@ -29,6 +29,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProgressCallback,
+    SchedulerType,
     TrainingArguments,
     set_seed,
 )
@@ -37,7 +38,7 @@ from modernalbert import ModernAlbertConfig, ModernAlbertForMaskedLM
 from modernalbert.tokenization import load_tokenizer, padded_vocab_size, save_tokenizer
 from modernalbert.training.arguments import parse_arguments
 from modernalbert.training.callbacks import ConciseProgress, ReportWriter, RoutingFrequencies, StopOnSignal
-from modernalbert.training.cards import PretrainingFacts, environment, write_card
+from modernalbert.training.cards import PretrainingFacts, clean, environment, write_card
 from modernalbert.training.checkpoints import (
     RESULTS_NAME,
     check_output_dir,
@@ -324,12 +325,13 @@ def just_evaluated(trainer: PretrainingTrainer) -> bool:
 def describe(args: PretrainingArguments, training_args: TrainingArguments, model: PreTrainedModel) -> dict[str, str]:
     """What a report says of a run, beside its curves."""
     rows = training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size
+    start = clean(args.preset or args.model_name_or_path or args.config_name)
     return {
-        "model": f"{args.preset or args.model_name_or_path or args.config_name}, {model.num_parameters():,} parameters",
-        "texts": ", ".join(args.train_data),
+        "model": f"{start}, {model.num_parameters():,} parameters",
+        "texts": ", ".join(clean(args.train_data)),
         "step": f"{rows} rows of {args.max_length} tokens, {args.mlm_probability:.0%} masked",
-        "teacher": args.teacher or "none",
-        "learning rate": f"{training_args.learning_rate:g}, {training_args.lr_scheduler_type}",
+        "teacher": clean(args.teacher) or "none",
+        "learning rate": f"{training_args.learning_rate:g}, {SchedulerType(training_args.lr_scheduler_type).value}",
         **environment(),
     }
 
