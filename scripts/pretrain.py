@@ -30,9 +30,11 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProgressCallback,
     SchedulerType,
+    TrainerState,
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 
 from modernalbert import ModernAlbertConfig, ModernAlbertForMaskedLM
 from modernalbert.tokenization import load_tokenizer, padded_vocab_size, save_tokenizer
@@ -42,6 +44,7 @@ from modernalbert.training.cards import PretrainingFacts, clean, environment, wr
 from modernalbert.training.checkpoints import (
     RESULTS_NAME,
     check_output_dir,
+    is_complete,
     last_checkpoint,
     same_run,
     write_files,
@@ -286,7 +289,13 @@ def main(argv: Sequence[str] | None = None) -> dict:
         trainer.add_callback(ConciseProgress())
 
     try:
-        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        if checkpoint is not None and is_complete(
+            checkpoint, training_args.max_steps
+        ):  # Trainer would take one step more
+            trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+            trainer._load_from_checkpoint(str(checkpoint))
+        else:
+            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     except BaseException:
         if training_args.should_save and (checkpoint := last_checkpoint(training_args.output_dir)) is not None:
             logger.error("training broke off; the same command goes on from '%s'", checkpoint.name)
