@@ -96,17 +96,25 @@ class ModernAlbertConfig(PreTrainedConfig):
         num_hidden_groups (`int`): Blocks that own weights. Layer `i` runs block
             `i // (num_hidden_layers // num_hidden_groups)`: contiguous sharing, AAABBB. Equal to `num_hidden_layers`,
             nothing is shared.
-        mol_groups (`list[int]`): Groups, from 0, whose feed-forward layer is a Mixture of LoRAs. Default: the last
+        ffn_modulation (`str`): What the feed-forward layer of `mol_groups` is. `"mol"`: Mixture of LoRAs, the paper's.
+            `"moa"`: mixture of bottleneck adapters behind the layer. `"depth_lora"`: a LoRA for every depth, no router
+            (Relaxed Recursive Transformers). `"none"`: plain (ALBERT).
+        mol_groups (`list[int]`): Groups, from 0, whose feed-forward layer `ffn_modulation` names. Default: the last
             two (the only one where there is one).
         mol_intermediate_size (`int`): Feed-forward width in `mol_groups`; wider than `intermediate_size` in the
             published tiny configuration. Default: `intermediate_size`.
-        num_experts (`int`): LoRA experts of a MoL group. 1: a single adapter without router (experts merged); 0: a
-            plain feed-forward layer (experts merged and folded into it).
-        num_experts_per_tok (`int`): Experts that a token chooses.
+        num_experts (`int`): Experts of a `"mol"` or `"moa"` group. 1: a single adapter without router (experts
+            merged); 0: a plain feed-forward layer (experts merged and folded into it).
+        num_experts_per_tok (`int`): Experts that a token chooses, if the router does not decide how many.
         norm_topk_prob (`bool`): Whether the weights of the chosen experts are divided by their sum. If not, the mass
             of the others goes to the shared feed-forward layer alone. Our choice: the paper does not state it.
-        expert_rank (`int`): Rank r of every expert, on both projections.
+        expert_rank (`int`): Rank r of every expert, or of every depth's LoRA, on both projections; in `"moa"` the width
+            of the bottleneck.
         expert_alpha (`float`): LoRA alpha; an expert's correction is scaled by `expert_alpha / expert_rank`.
+        router_type (`str`): How experts are chosen. `"top_k"`: the most probable for each token, the paper's. `"soft"`:
+            all. `"top_p"`: as many as a token needs until their probabilities reach `router_top_p`. `"sequence"`: top-k
+            once for a text, from the mean of its states. `"depth"`: top-k with a learned bias for every depth.
+        router_top_p (`float`): Threshold of `"top_p"`. Our choice.
         router_aux_loss_coef (`float`): Weight of the load-balancing loss in training. The published configurations
             have 0.1 and 0.2, for a formula that they do not state; 0.01 is Switch Transformer's, for its own.
         router_jitter_noise (`float`): In training the router's input is multiplied by uniform noise in `1 ± this`.
@@ -151,7 +159,8 @@ class ModernAlbertConfig(PreTrainedConfig):
     num_hidden_layers: int = 14
     num_hidden_groups: int = 7
 
-    # Mixture of LoRAs
+    # Mixture of LoRAs, or what stands in its place
+    ffn_modulation: Literal["mol", "moa", "depth_lora", "none"] = "mol"
     mol_groups: list[int] | None = None
     mol_intermediate_size: int | None = 2624
     num_experts: int = 8
@@ -159,6 +168,8 @@ class ModernAlbertConfig(PreTrainedConfig):
     norm_topk_prob: bool = True
     expert_rank: int = 16
     expert_alpha: float | int = 32
+    router_type: Literal["top_k", "soft", "top_p", "sequence", "depth"] = "top_k"
+    router_top_p: float | int = 0.4
     router_aux_loss_coef: float | int = 0.01
     router_jitter_noise: float | int = 0.01
     output_router_logits: bool = False
@@ -270,9 +281,20 @@ class ModernAlbertConfig(PreTrainedConfig):
         return self.num_hidden_layers // self.num_hidden_groups
 
     @property
+    def modulation(self) -> str:
+        """What runs in `mol_groups`: `ffn_modulation`, or `"none"` where its experts were folded (`num_experts=0`)."""
+        folded = self.num_experts == 0 and self.ffn_modulation in ("mol", "moa")
+        return "none" if folded else self.ffn_modulation
+
+    @property
+    def largest_rank(self) -> int:
+        """Largest `expert_rank` that makes sense: the narrowest side of what it corrects."""
+        return self.hidden_size if self.modulation == "moa" else min(self.hidden_size, self.mol_intermediate_size)
+
+    @property
     def has_router(self) -> bool:
-        """Whether the model routes tokens: it has MoL groups with more than one expert."""
-        return self.num_experts > 1 and len(self.mol_groups) > 0
+        """Whether the model routes tokens: it has groups that choose from more than one expert."""
+        return self.num_experts > 1 and self.modulation in ("mol", "moa") and len(self.mol_groups) > 0
 
     @property
     def sliding_window(self) -> int:
@@ -292,11 +314,49 @@ class ModernAlbertConfig(PreTrainedConfig):
             width = self.mol_intermediate_size if group in self.mol_groups else self.intermediate_size
             groups += 4 * hidden**2 + 3 * hidden * width + 2 * hidden
             if group in self.mol_groups:
-                groups += self.num_experts * rank * (2 * hidden + 3 * width)
-                groups += self.num_experts * hidden if self.num_experts > 1 else 0  # router
+                correction = {"none": 0, "moa": 2 * hidden}.get(self.modulation, 2 * hidden + 3 * width)
+                count = self.layers_per_group if self.modulation == "depth_lora" else self.num_experts
+                groups += count * rank * correction
+                if self.has_router:
+                    biases = self.layers_per_group if self.router_type == "depth" else 0
+                    groups += self.num_experts * (hidden + biases)
         head = hidden * embedding + embedding + (self.vocab_size if self.decoder_bias else 0)
         decoder = 0 if self.tie_word_embeddings else self.vocab_size * embedding
         return embeddings + groups + hidden + head + decoder
+
+    def match_parameters(self, total: int) -> "ModernAlbertConfig":
+        """A copy with as many parameters as another model, within 2%: what a fair comparison of modulations needs.
+
+        One field is changed: `expert_rank`, with `"none"` `mol_intermediate_size`. `expert_alpha` stays.
+
+        Args:
+            total: Parameters of the other model, see [`num_parameters`].
+
+        Raises:
+            ValueError: No value of the field comes near enough.
+        """
+        field = "mol_intermediate_size" if self.modulation == "none" else "expert_rank"
+
+        def replaced(value: int) -> "ModernAlbertConfig":
+            config = copy.deepcopy(self)
+            setattr(config, field, value)
+            return config
+
+        least = replaced(1).num_parameters()
+        step = replaced(2).num_parameters() - least
+        # The count is linear in the field.
+        value = 1 + max(round((total - least) / step), 0) if step else getattr(self, field)
+        if step and field == "expert_rank":
+            value = min(value, self.largest_rank)
+        config = replaced(value)
+        reached = config.num_parameters()
+        if abs(reached - total) > 0.02 * total:
+            raise ValueError(
+                f"`{field}` cannot bring this model to {total:,} parameters: the nearest is {reached:,} at {value}; "
+                "change `mol_groups`, or other fields that set its size"
+            )
+        config.validate()
+        return config
 
     def estimate_flops(self, seq_length: int, labelled: float = 1.0, training: bool = False) -> float:
         """Floating-point operations per token of `ModernAlbertForMaskedLM`, a multiplication and an addition being two.
@@ -304,8 +364,8 @@ class ModernAlbertConfig(PreTrainedConfig):
         Our count, of matrix products and attention alone: norms, activations, softmax, RoPE, loss and optimizer are
         left out. Every executed layer counts, since recursion saves parameters and no compute. The mixture is counted
         as its fast form runs it: down-projections into, and up-projections out of, the rank for all experts, what lies
-        between for the chosen ones. Sliding layers count a whole window for every token, though it is cut at the edges
-        of a text.
+        between for the chosen ones; `router_type="top_p"` counts as if all were, an upper bound. Adapters (`"moa"`) run
+        for all experts. Sliding layers count a whole window for every token, though it is cut at the edges of a text.
 
         Args:
             seq_length: Tokens of a text.
@@ -323,9 +383,15 @@ class ModernAlbertConfig(PreTrainedConfig):
             keys = seq_length if layer_type == "full_attention" else min(seq_length, 2 * self.sliding_window + 1)
             products += 4 * hidden**2 + 3 * hidden * width + 2 * hidden * keys
             if mol:
-                chosen = min(self.num_experts_per_tok, self.num_experts)
-                products += rank * (2 * hidden * self.num_experts + 3 * width * chosen)
-                products += self.num_experts * hidden if self.num_experts > 1 else 0  # router
+                if self.modulation == "mol":
+                    every = self.router_type in ("soft", "top_p")
+                    chosen = self.num_experts if every else min(self.num_experts_per_tok, self.num_experts)
+                    products += rank * (2 * hidden * self.num_experts + 3 * width * chosen)
+                elif self.modulation == "moa":
+                    products += rank * 2 * hidden * self.num_experts
+                elif self.modulation == "depth_lora":
+                    products += rank * (2 * hidden + 3 * width)
+                products += self.num_experts * hidden if self.has_router else 0
         return 2 * products * (3 if training else 1)
 
     def validate_recursion(self):
@@ -389,26 +455,40 @@ class ModernAlbertConfig(PreTrainedConfig):
             )
         if self.num_experts < 0:
             raise ValueError(f"`num_experts` ({self.num_experts}) must be at least 0")
-        narrowest = min(self.hidden_size, self.mol_intermediate_size)
-        if self.num_experts and not 1 <= self.expert_rank <= narrowest:
+        if self.modulation != "none" and not 1 <= self.expert_rank <= self.largest_rank:
             raise ValueError(
-                f"`expert_rank` ({self.expert_rank}) must be from 1 to {narrowest}, the narrowest side of the "
+                f"`expert_rank` ({self.expert_rank}) must be from 1 to {self.largest_rank}, the narrowest side of the "
                 "projections that it corrects"
             )
-        if self.num_experts > 1 and not 1 <= self.num_experts_per_tok <= self.num_experts:
-            raise ValueError(
-                f"`num_experts_per_tok` ({self.num_experts_per_tok}) must be from 1 to `num_experts` "
-                f"({self.num_experts}); change one of them"
-            )
-        if self.num_experts > 1 and self.num_experts_per_tok == 1 and self.norm_topk_prob:
-            raise ValueError(
-                "`num_experts_per_tok` (1) with `norm_topk_prob` (True) makes every weight 1, so the router would get "
-                "no gradient; set `norm_topk_prob=False` or choose at least 2 experts"
-            )
+        if self.num_experts > 1 and self.modulation in ("mol", "moa"):
+            self._validate_choice()
+        if not 0 < self.router_top_p <= 1:
+            raise ValueError(f"`router_top_p` ({self.router_top_p}) must be above 0 and at most 1")
         if not 0 <= self.router_jitter_noise < 1:
             raise ValueError(f"`router_jitter_noise` ({self.router_jitter_noise}) must be in [0, 1)")
         if self.router_aux_loss_coef < 0:
             raise ValueError(f"`router_aux_loss_coef` ({self.router_aux_loss_coef}) must be at least 0")
+
+    def _validate_choice(self) -> None:
+        # What a router leaves unused may have any value.
+        if self.router_type == "top_p":
+            if self.router_top_p <= 1 / self.num_experts and self.norm_topk_prob:
+                raise ValueError(
+                    f"`router_top_p` ({self.router_top_p}) is reached by one of {self.num_experts} experts, so that "
+                    "`norm_topk_prob` (True) makes every weight 1 and the router would get no gradient; raise it above "
+                    "1 / `num_experts`, or set `norm_topk_prob=False`"
+                )
+        elif self.router_type != "soft":
+            if not 1 <= self.num_experts_per_tok <= self.num_experts:
+                raise ValueError(
+                    f"`num_experts_per_tok` ({self.num_experts_per_tok}) must be from 1 to `num_experts` "
+                    f"({self.num_experts}); change one of them"
+                )
+            if self.num_experts_per_tok == 1 and self.norm_topk_prob:
+                raise ValueError(
+                    "`num_experts_per_tok` (1) with `norm_topk_prob` (True) makes every weight 1, so the router would "
+                    "get no gradient; set `norm_topk_prob=False` or choose at least 2 experts"
+                )
 
 
 __all__ = ["ModernAlbertConfig"]

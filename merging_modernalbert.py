@@ -229,6 +229,24 @@ def collect_states(model: nn.Module, mixtures: Sequence[nn.Module], batches: Ite
     return [torch.cat(states) for states in collected]
 
 
+def check_mergeable(config, text: bool) -> None:
+    """Refuses a model whose experts cannot be merged, or not by looking at text.
+
+    Raises:
+        ValueError: Its layers are no Mixture of LoRAs, or its router does not choose for a token by itself.
+    """
+    if config.ffn_modulation != "mol":
+        raise ValueError(
+            f"only a Mixture of LoRAs can be merged, and `ffn_modulation` is {config.ffn_modulation!r}: its layers have "
+            "no experts that are corrections of one weight"
+        )
+    if text and config.has_router and config.router_type in ("sequence", "depth"):
+        raise ValueError(
+            "methods and measures that look at text route every token by itself, and `router_type` is "
+            f"{config.router_type!r}; use 'uniform', 'svd', 'cat' or 'ema', and give no text"
+        )
+
+
 def check_arguments(
     config, method: str, fold: bool, weights, batches, rank: int | None, num_experts: int | None
 ) -> None:
@@ -239,6 +257,7 @@ def check_arguments(
     """
     if method not in METHODS:
         raise ValueError(f"there is no merging method {method!r}; the methods are {', '.join(METHODS)}")
+    check_mergeable(config, METHODS[method][1] == "text")
     if config.num_experts == 0 or not config.mol_groups or (config.num_experts == 1 and not fold):
         raise ValueError(
             f"there is nothing to merge: `num_experts` is {config.num_experts} in {len(config.mol_groups)} MoL groups"
@@ -385,4 +404,4 @@ def reduce_experts(mixture: nn.Module, wide: nn.Module, states: torch.Tensor, nu
     set_experts(mixture, factors)
 
 
-__all__ = ["METHODS", "merge_experts"]
+__all__ = ["METHODS", "check_mergeable", "merge_experts"]

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The Mixture of LoRAs (MoL) and the feed-forward layer that it shares: router, experts, mixture, balancing loss.
+"""Feed-forward layers: the plain one, the Mixture of LoRAs (MoL) that shares it, and the alternatives to MoL.
 
 Shapes in comments: `tokens` are those of the whole batch; `E` experts of rank `r`; `k` of them for each token; `H` is
 the hidden size, `I` the intermediate size.
@@ -27,13 +27,20 @@ from transformers.activations import ACT2FN
 from transformers.utils.import_utils import is_tracing
 
 from .configuration_modernalbert import ModernAlbertConfig
+from .routing_modernalbert import ROUTERS, ModernAlbertRouter
 
 
 class ModernAlbertMLP(nn.Module):
-    """Gated feed-forward layer, `Wo (act(gate) * value)` with `gate, value = Wi h`."""
+    """Gated feed-forward layer, `Wo (act(gate) * value)` with `gate, value = Wi h`.
 
-    def __init__(self, config: ModernAlbertConfig, intermediate_size: int):
+    Args:
+        config: Of the model.
+        intermediate_size: Default: `mol_intermediate_size`.
+    """
+
+    def __init__(self, config: ModernAlbertConfig, intermediate_size: int | None = None):
         super().__init__()
+        intermediate_size = intermediate_size or config.mol_intermediate_size
         self.Wi = nn.Linear(config.hidden_size, 2 * intermediate_size, bias=False)
         self.act = ACT2FN[config.hidden_activation]
         self.Wo = nn.Linear(intermediate_size, config.hidden_size, bias=False)
@@ -45,38 +52,20 @@ class ModernAlbertMLP(nn.Module):
         gate, value = projected.chunk(2, dim=-1)
         return self.act(gate) * value
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, depth: int = 0, text_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The interface of all feed-forward layers; this one needs the states alone.
+
+        Args:
+            hidden_states: `[..., hidden]`.
+            depth: Which run of its group this is, from 0.
+            text_ids: As for the router.
+
+        Returns:
+            `[..., hidden]`.
+        """
         return self.drop(self.Wo(self.gated(self.Wi(hidden_states))))
-
-
-class ModernAlbertRouter(nn.Module):
-    """Chooses the experts of every token and weighs them.
-
-    Linear without bias, softmax in float32, top-k. In training its input, and nothing else, is multiplied by uniform
-    noise in `1 ± router_jitter_noise` (Switch Transformer).
-    """
-
-    def __init__(self, config: ModernAlbertConfig):
-        super().__init__()
-        self.num_experts_per_tok = config.num_experts_per_tok
-        self.norm_topk_prob = config.norm_topk_prob
-        self.jitter_noise = config.router_jitter_noise
-        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
-
-    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`[tokens, hidden]` to logits `[tokens, experts]`, weights and experts `[tokens, k]`."""
-        hidden_states = hidden_states.to(self.weight.dtype)
-        if self.training and self.jitter_noise > 0:
-            noise = torch.empty_like(hidden_states).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
-            hidden_states = hidden_states * noise
-        # Autocast would take the logits to half precision and flip close choices.
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            logits = F.linear(hidden_states, self.weight)
-        probabilities = logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-        weights, experts = probabilities.topk(self.num_experts_per_tok, dim=-1)
-        if self.norm_topk_prob:
-            weights = weights / weights.sum(dim=-1, keepdim=True)
-        return logits, weights, experts
 
 
 def mix_dense(gated, scaling, projected, low, weights, experts, in_B, out_A):
@@ -116,11 +105,11 @@ class GroupedMixture(torch.autograd.Function):
     chunk_size = 128
 
     @staticmethod
-    def chunks(experts: torch.Tensor, num_experts: int):
-        """For each chunk: the expert, its tokens, and their slots in the flattened `[tokens * k]`."""
-        flat = experts.flatten()
-        counts = torch.bincount(flat, minlength=num_experts).tolist()
-        for expert, slots in enumerate(flat.argsort(stable=True).split(counts)):
+    def chunks(experts: torch.Tensor, weights: torch.Tensor, num_experts: int):
+        """For each chunk: the expert, its tokens, and their slots in the flattened `[tokens * k]`, no empty ones."""
+        flat = experts.masked_fill(weights == 0, num_experts).flatten()
+        counts = torch.bincount(flat, minlength=num_experts + 1).tolist()
+        for expert, slots in enumerate(flat.argsort(stable=True).split(counts)[:num_experts]):
             for chunk in slots.split(GroupedMixture.chunk_size) if len(slots) else ():
                 yield expert, chunk // experts.shape[1], chunk
 
@@ -136,7 +125,7 @@ class GroupedMixture(torch.autograd.Function):
         activated = projected.new_zeros(len(projected), out_A.shape[-1])
         low_out = torch.zeros_like(low)
         flat_weights = weights.flatten()
-        for expert, tokens, slots in GroupedMixture.chunks(experts, len(in_B)):
+        for expert, tokens, slots in GroupedMixture.chunks(experts, weights, len(in_B)):
             corrected = projected.index_select(0, tokens).addmm_(low[tokens, expert], in_B[expert].t(), alpha=scaling)
             part, part_low = GroupedMixture.mix(gated, corrected, flat_weights[slots], out_A[expert])
             activated.index_add_(0, tokens, part)
@@ -152,7 +141,7 @@ class GroupedMixture(torch.autograd.Function):
         grad_projected, grad_low, grad_weights, grad_in_B, grad_out_A = (
             torch.zeros_like(tensor) for tensor in (projected, low, flat_weights, in_B, out_A)
         )
-        for expert, tokens, slots in GroupedMixture.chunks(experts, len(in_B)):
+        for expert, tokens, slots in GroupedMixture.chunks(experts, weights, len(in_B)):
             chunk_low = low[tokens, expert]
             corrected = projected.index_select(0, tokens).addmm_(chunk_low, in_B[expert].t(), alpha=ctx.scaling)
             with torch.enable_grad():
@@ -168,22 +157,32 @@ class GroupedMixture(torch.autograd.Function):
         return None, None, grad_projected, grad_low, grad_weights.view_as(weights), None, grad_in_B, grad_out_A
 
 
-class ModernAlbertExperts(nn.Module):
-    """LoRA pairs of every expert, on the input projection and on the output projection.
+class ModernAlbertCorrections(nn.Module):
+    """LoRA pairs on the input projection and on the output projection, `E` of each.
 
     `in_A [E, r, H]`, `in_B [E, 2I, r]`, `out_A [E, r, I]`, `out_B [E, H, r]`; the A as PEFT starts them, the B at 0, so
-    that a new mixture equals its shared layer.
+    that a new layer equals its shared layer.
     """
 
-    def __init__(self, config: ModernAlbertConfig):
+    def __init__(self, config: ModernAlbertConfig, count: int):
         super().__init__()
-        hidden, width = config.hidden_size, config.mol_intermediate_size
-        experts, rank = config.num_experts, config.expert_rank
+        hidden, width, rank = config.hidden_size, config.mol_intermediate_size, config.expert_rank
         self.scaling = config.expert_alpha / rank
-        self.in_A = nn.Parameter(torch.empty(experts, rank, hidden))
-        self.in_B = nn.Parameter(torch.empty(experts, 2 * width, rank))
-        self.out_A = nn.Parameter(torch.empty(experts, rank, width))
-        self.out_B = nn.Parameter(torch.empty(experts, hidden, rank))
+        self.in_A = nn.Parameter(torch.empty(count, rank, hidden))
+        self.in_B = nn.Parameter(torch.empty(count, 2 * width, rank))
+        self.out_A = nn.Parameter(torch.empty(count, rank, width))
+        self.out_B = nn.Parameter(torch.empty(count, hidden, rank))
+
+    def pairs(self) -> tuple[tuple[nn.Parameter, nn.Parameter], ...]:
+        """Each projection into the rank, with the one out of it."""
+        return (self.in_A, self.in_B), (self.out_A, self.out_B)
+
+
+class ModernAlbertExperts(ModernAlbertCorrections):
+    """The corrections of a Mixture of LoRAs, one for each expert."""
+
+    def __init__(self, config: ModernAlbertConfig):
+        super().__init__(config, config.num_experts)
 
     def forward(
         self,
@@ -218,6 +217,11 @@ class ModernAlbertExperts(nn.Module):
         return activated, self.scaling * (low_out.flatten(1) @ out_B)
 
 
+def make_router(config: ModernAlbertConfig) -> ModernAlbertRouter | None:
+    """The router that `router_type` names; none for a single expert."""
+    return ROUTERS[config.router_type](config) if config.num_experts > 1 else None
+
+
 class ModernAlbertMoL(ModernAlbertMLP):
     r"""Mixture of LoRAs: a shared feed-forward layer whose two projections every chosen expert corrects.
 
@@ -236,18 +240,20 @@ class ModernAlbertMoL(ModernAlbertMLP):
     """
 
     def __init__(self, config: ModernAlbertConfig):
-        super().__init__(config, config.mol_intermediate_size)
+        super().__init__(config)
         self.experts = ModernAlbertExperts(config)
-        self.router = ModernAlbertRouter(config) if config.num_experts > 1 else None
+        self.router = make_router(config)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, depth: int = 0, text_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
         states = hidden_states.flatten(0, -2)  # [tokens, hidden]
         projected = self.Wi(states)  # [tokens, 2 * intermediate]
         if self.router is None:
             weights = states.new_ones(len(states), 1)
             chosen = torch.zeros_like(weights, dtype=torch.long)
         else:
-            _, weights, chosen = self.router(states)
+            _, weights, chosen = self.router(states, depth, text_ids)
         activated, correction = self.experts(states, projected, weights, chosen, self.gated)
         if self.router is not None and not self.router.norm_topk_prob:
             rest = 1 - weights.sum(dim=-1, keepdim=True)
@@ -256,38 +262,84 @@ class ModernAlbertMoL(ModernAlbertMLP):
         return self.drop(output.view_as(hidden_states))
 
 
-def load_balancing_loss(
-    router_logits: tuple[torch.Tensor, ...],
-    num_groups: int,
-    num_experts_per_tok: int,
-    attention_mask: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Load-balancing loss of Switch Transformer (section 2.2), `E * sum_e f_e P_e`, averaged over the MoL groups.
+class ModernAlbertAdapters(nn.Module):
+    """Bottleneck adapters, `U_e act(D_e y)`: `down [E, r, H]`, `up [E, H, r]`.
 
-    `f_e` is the share of all choices that fell on expert e, `P_e` its mean router probability; both run over real
-    tokens and over all depths of a group. So it is 1 where the load is even, whatever k is, and asks for balance over
-    the depths of a group together, as MoEUT does: an expert may serve one depth more than another. The paper does not
-    state its formula.
-
-    Args:
-        router_logits: For every executed MoL layer, `[batch, seq, num_experts]`.
-        num_groups: MoL groups; each has executed `len(router_logits) / num_groups` layers in a row.
-        num_experts_per_tok: Experts that a token chooses.
-        attention_mask: 0 at padding, `[batch, seq]`.
-
-    Returns:
-        Scalar, float32 at least.
+    The D as the A of a LoRA, the U at 0, so that a new layer equals its shared layer.
     """
-    device = router_logits[0].device
-    logits = torch.stack([layer.to(device) for layer in router_logits])  # [layers, batch, seq, experts]
-    logits = logits.unflatten(0, (num_groups, -1))  # [groups, depth, batch, seq, experts]
-    probabilities = logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-    num_experts = logits.shape[-1]
-    chosen = F.one_hot(probabilities.topk(num_experts_per_tok, dim=-1).indices, num_experts).sum(dim=-2)
-    real = torch.ones_like(probabilities[..., :1])
-    if attention_mask is not None:
-        real = real * attention_mask.to(device, real.dtype)[..., None]
-    count = real.sum(dim=(1, 2, 3)).clamp(min=1)  # [groups, 1]
-    load = (chosen * real).sum(dim=(1, 2, 3)) / (num_experts_per_tok * count)
-    probability = (probabilities * real).sum(dim=(1, 2, 3)) / count
-    return (num_experts * (load * probability).sum(dim=-1)).mean()
+
+    def __init__(self, config: ModernAlbertConfig):
+        super().__init__()
+        self.scaling = config.expert_alpha / config.expert_rank
+        self.act = ACT2FN[config.hidden_activation]
+        self.down = nn.Parameter(torch.empty(config.num_experts, config.expert_rank, config.hidden_size))
+        self.up = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, config.expert_rank))
+
+    def pairs(self) -> tuple[tuple[nn.Parameter, nn.Parameter], ...]:
+        """Each projection into the bottleneck, with the one out of it."""
+        return ((self.down, self.up),)
+
+    def forward(self, states: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """`s sum_e p_e U_e act(D_e y)`, `[tokens, H]`, for y `[tokens, H]` and p `[tokens, E]`."""
+        low = self.act(F.linear(states, self.down.flatten(0, 1)))
+        low = low.unflatten(-1, self.down.shape[:2]) * weights.to(low.dtype)[..., None]  # [tokens, E, r]
+        return self.scaling * F.linear(low.flatten(1), self.up.transpose(0, 1).flatten(1))
+
+
+class ModernAlbertMoA(ModernAlbertMLP):
+    """Mixture of adapters: the experts stand behind the shared feed-forward layer, which they leave as it is.
+
+        y = W_o geglu(W_i h),    MoA(h) = y + s sum_{e in S} p_e U_e act(D_e y),    s = expert_alpha / expert_rank
+
+    The router is MoL's and reads h, as there; the bottleneck is `expert_rank` wide. Adapters are small, and all run for
+    every token: those not chosen have a weight of 0. The paper compares with routed adapters behind the layer and does
+    not state their form: activation, scale, the router's input and the start at 0 are our choice, taken so that only
+    the place of the experts differs from MoL.
+    """
+
+    def __init__(self, config: ModernAlbertConfig):
+        super().__init__(config)
+        self.experts = ModernAlbertAdapters(config)
+        self.router = make_router(config)
+
+    def forward(
+        self, hidden_states: torch.Tensor, depth: int = 0, text_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        states = hidden_states.flatten(0, -2)  # [tokens, hidden]
+        if self.router is None:
+            weights = states.new_ones(len(states), 1)
+        else:
+            logits, weights, chosen = self.router(states, depth, text_ids)
+            weights = weights.new_zeros(logits.shape).scatter(1, chosen, weights)  # [tokens, E]
+        output = self.Wo(self.gated(self.Wi(states)))
+        output = output + self.experts(output, weights)
+        return self.drop(output.view_as(hidden_states))
+
+
+class ModernAlbertDepthLoRA(ModernAlbertMLP):
+    """A LoRA for every depth on both projections, `W + s B_l A_l`, and no router: Relaxed Recursive Transformers.
+
+    Bae et al. (2024), there on every matrix of a block; here, as MoL, on the feed-forward layer alone. `experts` holds
+    one correction for each depth.
+    """
+
+    def __init__(self, config: ModernAlbertConfig):
+        super().__init__(config)
+        self.experts = ModernAlbertCorrections(config, config.layers_per_group)
+
+    def forward(
+        self, hidden_states: torch.Tensor, depth: int = 0, text_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        (in_A, in_B), (out_A, out_B) = ((A[depth], B[depth]) for A, B in self.experts.pairs())
+        scaling = self.experts.scaling
+        activated = self.gated(self.Wi(hidden_states) + scaling * F.linear(F.linear(hidden_states, in_A), in_B))
+        return self.drop(self.Wo(activated) + scaling * F.linear(F.linear(activated, out_A), out_B))
+
+
+# What `ModernAlbertConfig.modulation` names.
+FEED_FORWARD_LAYERS = {
+    "mol": ModernAlbertMoL,
+    "moa": ModernAlbertMoA,
+    "depth_lora": ModernAlbertDepthLoRA,
+    "none": ModernAlbertMLP,
+}

@@ -53,13 +53,8 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_modernalbert import ModernAlbertConfig
 from .merging_modernalbert import merge_experts
-from .mixture_modernalbert import (
-    ModernAlbertExperts,
-    ModernAlbertMLP,
-    ModernAlbertMoL,
-    ModernAlbertRouter,
-    load_balancing_loss,
-)
+from .mixture_modernalbert import FEED_FORWARD_LAYERS, ModernAlbertMLP, ModernAlbertMoL
+from .routing_modernalbert import ModernAlbertDepthRouter, ModernAlbertRouter, load_balancing_loss
 
 
 try:  # torch's own variable-length FlashAttention
@@ -368,16 +363,20 @@ class ModernAlbertLayer(GradientCheckpointingLayer):
         self.attn_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=False)
         self.attn = ModernAlbertAttention(config)
         self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=False)
-        if group not in config.mol_groups:
-            self.mlp = ModernAlbertMLP(config, config.intermediate_size)
-        elif config.num_experts == 0:
-            self.mlp = ModernAlbertMLP(config, config.mol_intermediate_size)
+        if group in config.mol_groups:
+            self.mlp = FEED_FORWARD_LAYERS[config.modulation](config)
         else:
-            self.mlp = ModernAlbertMoL(config)
+            self.mlp = ModernAlbertMLP(config, config.intermediate_size)
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        depth: int = 0,
+        text_ids: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
         hidden_states = hidden_states + self.attn(self.attn_norm(hidden_states), **kwargs)[0]
-        return hidden_states + self.mlp(self.mlp_norm(hidden_states))
+        return hidden_states + self.mlp(self.mlp_norm(hidden_states), depth=depth, text_ids=text_ids)
 
 
 @auto_docstring
@@ -431,11 +430,12 @@ class ModernAlbertPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, mean=0.0, std=module.init_std)
         elif isinstance(module, ModernAlbertRouter):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
-        elif isinstance(module, ModernAlbertExperts):
-            for factor in (module.in_A, module.out_A):
-                init.uniform_(factor, -(factor.shape[-1] ** -0.5), factor.shape[-1] ** -0.5)
-            init.zeros_(module.in_B)
-            init.zeros_(module.out_B)
+            if isinstance(module, ModernAlbertDepthRouter):
+                init.zeros_(module.depth_bias)
+        elif hasattr(module, "pairs"):
+            for A, B in module.pairs():
+                init.uniform_(A, -(A.shape[-1] ** -0.5), A.shape[-1] ** -0.5)
+                init.zeros_(B)
         elif isinstance(module, ModernAlbertRotaryEmbedding):
             for layer_type in module.layer_types:
                 inv_freq, _ = module.compute_frequencies(layer_type)
@@ -562,7 +562,10 @@ class ModernAlbertModel(ModernAlbertPreTrainedModel):
         for layer_type in self.rotary_emb.layer_types:
             masks[layer_type] = self.make_mask(layer_type, hidden_states, attention_mask, layout, text_ids)
             position_embeddings[layer_type] = self.rotary_emb(hidden_states, position_ids, layer_type)
-        outputs = self.encode(hidden_states, layout, masks, position_embeddings, **kwargs)
+        routed_texts = None
+        if self.config.has_router and self.config.router_type == "sequence":
+            routed_texts = self.number_texts(shape, attention_mask, layout, text_ids, inputs.device)
+        outputs = self.encode(hidden_states, layout, masks, position_embeddings, routed_texts, **kwargs)
         if layout is not None or attention_mask is None or attention_mask.dim() == 4:
             padding_mask = None
         else:
@@ -571,12 +574,15 @@ class ModernAlbertModel(ModernAlbertPreTrainedModel):
 
     @capture_outputs
     def encode(
-        self, hidden_states, layout, masks, position_embeddings, **kwargs: Unpack[TransformersKwargs]
+        self, hidden_states, layout, masks, position_embeddings, routed_texts, **kwargs: Unpack[TransformersKwargs]
     ) -> ModernAlbertModelOutput:
         """The layers and the final norm, over texts laid end to end or over rows."""
         for index, layer_type in enumerate(self.config.layer_types):
-            hidden_states = self.layers[index // self.config.layers_per_group](
+            group, depth = divmod(index, self.config.layers_per_group)
+            hidden_states = self.layers[group](
                 hidden_states,
+                depth=depth,
+                text_ids=routed_texts,
                 position_embeddings=position_embeddings[layer_type],
                 attention_mask=masks[layer_type],
                 layout=layout,
@@ -584,6 +590,26 @@ class ModernAlbertModel(ModernAlbertPreTrainedModel):
                 **kwargs,
             )
         return ModernAlbertModelOutput(last_hidden_state=self.final_norm(hidden_states))
+
+    def number_texts(self, shape, attention_mask, layout, text_ids, device) -> torch.Tensor:
+        """For a router that chooses once for a text: number of each token's text, `tokens` at padding, `[tokens]`.
+
+        Takes `text_ids` as [`make_mask`] does.
+        """
+        if layout is not None:
+            return text_ids
+        if attention_mask is not None and attention_mask.dim() == 4:
+            raise ValueError(
+                '`router_type="sequence"` must know which tokens are padding, and a 4-dimensional `attention_mask` '
+                "does not say; give one of shape [batch, seq]"
+            )
+        if text_ids is None:
+            text_ids = torch.zeros(shape, dtype=torch.long, device=device)
+        starts = F.pad(text_ids.diff(dim=-1) != 0, (1, 0), value=True)
+        numbers = starts.flatten().cumsum(0) - 1
+        if attention_mask is None:
+            return numbers
+        return numbers.masked_fill(attention_mask.flatten() == 0, shape[0] * shape[1])
 
     def restore(self, outputs, layout, shape, padding_mask) -> ModernAlbertModelOutput:
         """Whatever the layers gave, in the shape `[batch, seq, ...]` of the input, 0 at padding."""
@@ -742,8 +768,7 @@ class ModernAlbertHeadModel(ModernAlbertPreTrainedModel):
         if outputs.router_logits:
             outputs.aux_loss = load_balancing_loss(
                 outputs.router_logits,
-                len(self.config.mol_groups),
-                self.config.num_experts_per_tok,
+                self.config,
                 attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None,
             )
         if not asked:

@@ -28,7 +28,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, AutoTokenizer, DataCollatorWithPadding, PreTrainedModel
 
 import modernalbert
-from modernalbert.merging_modernalbert import METHODS
+from modernalbert.merging_modernalbert import METHODS, check_mergeable
 from modernalbert.training.arguments import parse_arguments
 from modernalbert.training.cards import clean, write_merged_card
 from modernalbert.training.data import (
@@ -215,6 +215,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     config = AutoConfig.from_pretrained(args.model_name_or_path)
     if config.model_type != "modernalbert":
         raise ValueError(f"'{args.model_name_or_path}' is a {config.model_type}; only ModernALBERT has experts")
+    check_mergeable(config, text=bool(args.calibration_data or args.validation_data))
     weights = read_routing_weights(args.routing_weights, config) if args.routing_weights else None
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
     model = getattr(modernalbert, config.architectures[0]).from_pretrained(args.model_name_or_path)

@@ -209,7 +209,7 @@ def test_average_of_a_layer_as_wide(make_teacher):
 
 def run_expert(mixture, expert, states):
     """Output of a mixture whose router gives every token to one expert."""
-    mixture.router.forward = lambda states: (
+    mixture.router.forward = lambda states, *context: (
         None,
         torch.ones(len(states), 1),
         torch.full((len(states), 1), expert, dtype=torch.long),
@@ -275,6 +275,54 @@ def test_experts_without_a_difference_can_learn(make_teacher):
     assert report["groups"][1]["expert_energy"] == 1
     for A, B in ((experts.in_A, experts.in_B), (experts.out_A, experts.out_B)):
         assert A.abs().gt(0).any(dim=-1).all() and not B.any()
+
+
+@each_rule
+@pytest.mark.parametrize("width", [HIDDEN, 2 * WIDTH, 2 * WIDTH + 5])
+def test_a_lora_of_full_rank_makes_every_depth_its_teacher_layer(make_teacher, layers, width):
+    teacher = make_teacher(num_hidden_layers=6)
+    student, report = start(
+        teacher,
+        layers,
+        "svd",
+        num_hidden_layers=6,
+        num_hidden_groups=2,
+        mol_groups=[1],
+        mol_intermediate_size=width,
+        expert_rank=min(HIDDEN, width),
+        expert_alpha=11,
+        ffn_modulation="depth_lora",
+    )
+    assert "expert_energy" not in report["groups"][0]
+    assert report["groups"][1]["expert_energy"] == pytest.approx(1, abs=1e-6)
+    states = normed_states()
+    for depth in range(3):
+        expected = feed_forward(teacher.model.layers[3 + depth], states)
+        with torch.no_grad():
+            found = student.model.layers[1].mlp(states, depth=depth)
+        torch.testing.assert_close(found, expected, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("teacher_layers", "depth", "expected"),
+    [(3, 2, [0, 2]), (4, 2, [1, 3]), (2, 4, [0, 0, 1, 1]), (1, 3, [0, 0, 0]), (7, 3, [1, 3, 5])],
+)
+def test_depths_stand_for_even_parts_of_the_segment(make_teacher, teacher_layers, depth, expected):
+    teacher = make_teacher(num_hidden_layers=teacher_layers)
+    student, _ = start(
+        teacher,
+        "average",
+        "svd",
+        num_hidden_layers=depth,
+        num_hidden_groups=1,
+        expert_rank=WIDTH,
+        ffn_modulation="depth_lora",
+    )
+    mlp, scaling = student.model.layers[0].mlp, 6 / WIDTH
+    for index, source in enumerate(expected):
+        layer = teacher.model.layers[source]
+        correction = scaling * mlp.experts.out_B[index] @ mlp.experts.out_A[index]
+        torch.testing.assert_close(mlp.Wo.weight + correction, layer.mlp.Wo.weight, **CLOSE)
 
 
 def reference_embedding(teacher):
@@ -383,6 +431,8 @@ def test_configuration_is_the_teachers_where_it_can_be():
         ({}, {"num_experts": 1}, {"experts": "svd"}, '`num_experts` is 1 in 1 MoL groups; use `experts="zero"`'),
         ({}, {"num_experts": 0}, {"experts": "svd"}, "`num_experts` is 0"),
         ({}, {"mol_groups": []}, {"experts": "svd"}, "`num_experts` is 4 in 0 MoL groups"),
+        ({}, {"ffn_modulation": "moa"}, {"experts": "svd"}, "`svd` starts LoRAs, and `ffn_modulation` is 'moa'"),
+        ({}, {"ffn_modulation": "none"}, {"experts": "svd"}, "`svd` starts LoRAs, and `ffn_modulation` is 'none'"),
         ({}, {}, {"layers": "upper"}, "no rule 'upper' for the layers; the rules are stepwise, average, lower"),
         ({}, {}, {"experts": "copy"}, "no rule 'copy' for the experts; the rules are zero, svd"),
         ({"hidden_size": 64, "mlp_bias": True}, {}, {"experts": "copy"}, "(?s)'copy'.*`hidden_size`.*`mlp_bias`"),

@@ -304,6 +304,20 @@ def test_what_does_not_go_together_is_refused(root, tmp_path, arguments, message
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("overrides", "arguments", "message"),
+    [
+        ({"ffn_modulation": "moa"}, [], "only a Mixture of LoRAs can be merged, and `ffn_modulation` is 'moa'"),
+        ({"router_type": "depth"}, ["--validation_data", "x"], "`router_type` is 'depth'; use .* and give no text"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_merged_is_refused(tiny, tmp_path, overrides, arguments, message):
+    tiny(ModernAlbertForMaskedLM, **overrides).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=message):
+        merge(tmp_path, "model", tmp_path / "out", *arguments)
+
+
 # ---- The Hub
 
 

@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,12 +8,8 @@ from reference import naive_load_balancing_loss, naive_mol
 from torch import nn
 
 from modernalbert import ModernAlbertForMaskedLM, mixture_modernalbert
-from modernalbert.mixture_modernalbert import (
-    GroupedMixture,
-    ModernAlbertMLP,
-    ModernAlbertMoL,
-    load_balancing_loss,
-)
+from modernalbert.mixture_modernalbert import GroupedMixture, ModernAlbertMLP, ModernAlbertMoL
+from modernalbert.routing_modernalbert import load_balancing_loss
 
 
 # Experts for a token, and whether their weights sum to one; top-1 with a sum of one has no gradient for the router.
@@ -244,23 +241,28 @@ def test_router_stays_in_float32_under_autocast(make_mol, dtype):
     torch.testing.assert_close(logits, states.float() @ router.weight.T, rtol=1e-5, atol=1e-5)
 
 
+def balancing_loss(router_logits, num_groups, num_experts_per_tok, attention_mask=None):
+    config = SimpleNamespace(
+        router_type="top_k", mol_groups=range(num_groups), num_experts_per_tok=num_experts_per_tok
+    )
+    return load_balancing_loss(router_logits, config, attention_mask)
+
+
 def test_balancing_loss_of_three_tokens():
     logits = torch.tensor([[[3.0, 1.0], [3.0, 1.0], [1.0, 3.0]]]).log()
     # Choices fall 2/3 and 1/3, probabilities 7/12 and 5/12: 2 (14/36 + 5/36).
-    assert load_balancing_loss((logits,), 1, 1).item() == pytest.approx(38 / 36)
+    assert balancing_loss((logits,), 1, 1).item() == pytest.approx(38 / 36)
     # Of two experts every token takes both.
-    assert load_balancing_loss((logits,), 1, 2).item() == pytest.approx(1.0)
+    assert balancing_loss((logits,), 1, 2).item() == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("num_experts_per_tok", [1, 2])
 def test_balancing_loss_is_one_for_a_uniform_router_and_grows_with_imbalance(num_experts_per_tok):
     uniform = torch.zeros(2, 5, 8)
-    assert load_balancing_loss((uniform,) * 4, 2, num_experts_per_tok).item() == pytest.approx(1.0)
+    assert balancing_loss((uniform,) * 4, 2, num_experts_per_tok).item() == pytest.approx(1.0)
     collapsed = uniform.clone()
     collapsed[..., :num_experts_per_tok] = 50.0
-    assert load_balancing_loss((collapsed,) * 4, 2, num_experts_per_tok).item() == pytest.approx(
-        8 / num_experts_per_tok
-    )
+    assert balancing_loss((collapsed,) * 4, 2, num_experts_per_tok).item() == pytest.approx(8 / num_experts_per_tok)
 
 
 @pytest.mark.parametrize("num_groups", [1, 2, 3])
@@ -272,7 +274,7 @@ def test_balancing_loss_equals_its_definition(num_groups, num_experts_per_tok):
     mask = torch.tensor([[1, 1, 1, 0, 0], [0, 1, 0, 1, 1]])
     depth = 6 // num_groups
     groups = [layers[start : start + depth] for start in range(0, 6, depth)]
-    actual = load_balancing_loss(tuple(layers), num_groups, num_experts_per_tok, mask)
+    actual = balancing_loss(tuple(layers), num_groups, num_experts_per_tok, mask)
     expected = naive_load_balancing_loss(groups, num_experts_per_tok, mask.bool())
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(
@@ -285,10 +287,8 @@ def test_balancing_loss_ignores_padding():
     real = torch.randn(1, 4, 3, generator=generator)
     padded = torch.cat([100 * torch.randn(1, 2, 3, generator=generator), real], dim=1)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1]])
-    torch.testing.assert_close(
-        load_balancing_loss((padded,), 1, 2, mask), load_balancing_loss((real,), 1, 2), rtol=1e-6, atol=0
-    )
-    assert load_balancing_loss((padded,), 1, 2, torch.zeros_like(mask)).item() == 0
+    torch.testing.assert_close(balancing_loss((padded,), 1, 2, mask), balancing_loss((real,), 1, 2), rtol=1e-6, atol=0)
+    assert balancing_loss((padded,), 1, 2, torch.zeros_like(mask)).item() == 0
 
 
 def test_balancing_loss_of_a_model_pools_the_depths_of_each_group(make_model):

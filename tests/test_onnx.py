@@ -223,6 +223,13 @@ def test_experts_are_refused(make_folder, script, overrides):
     assert list(source.parent.iterdir()) == [source]
 
 
+@pytest.mark.parametrize("modulation", ["moa", "depth_lora"])
+def test_modulations_that_cannot_be_folded_are_refused(make_model, tokenizer, tmp_path, modulation):
+    with pytest.raises(ValueError, match=f"`ffn_modulation` is '{modulation}', and a plain encoder is expected"):
+        onnx_export.export_onnx(make_model(ffn_modulation=modulation), tokenizer, tmp_path / "onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_half_precision_is_refused(make_model, tokenizer, tmp_path):
     model = make_model(num_experts=0, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="is in torch.bfloat16, expected torch.float32"):

@@ -7,6 +7,7 @@ import math
 import os
 import random
 from collections import Counter
+from types import SimpleNamespace
 
 import datasets
 import pyarrow
@@ -595,7 +596,8 @@ def test_routing_statistics_are_those_of_tokens_one_by_one(top_k):
     """Two groups of three executed layers, five experts, three rows of which two are padded, one on the left."""
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [0, 1, 1, 1]])
     logits = 2 * torch.randn(6, *mask.shape, 5, generator=torch.Generator().manual_seed(0))
-    load, entropy = routing_statistics(tuple(logits), 2, top_k, mask)
+    config = SimpleNamespace(router_type="top_k", mol_groups=[0, 1], num_experts_per_tok=top_k)
+    load, entropy = routing_statistics(tuple(logits), config, mask)
     for group in range(2):
         chosen, entropies = [0] * 5, []
         for layer in range(3 * group, 3 * group + 3):
@@ -612,7 +614,8 @@ def test_routing_statistics_are_those_of_tokens_one_by_one(top_k):
 
 
 def test_even_routing_has_an_entropy_of_one():
-    _, entropy = routing_statistics((torch.zeros(1, 3, 4),), 1, 2, torch.ones(1, 3))
+    config = SimpleNamespace(router_type="top_k", mol_groups=[0], num_experts_per_tok=2)
+    _, entropy = routing_statistics((torch.zeros(1, 3, 4),), config, torch.ones(1, 3))
     assert entropy.tolist() == pytest.approx([1.0])
 
 
@@ -721,3 +724,25 @@ def test_routing_is_reported_under_the_group_that_routed(tokenizer, make_student
     trainer.record_routing(outputs.router_logits, batch["attention_mask"])
     assert trainer.terms["router_entropy/group_0"].item() == pytest.approx(1, abs=1e-5)
     assert trainer.terms["router_entropy/group_1"].item() < 0.999
+
+
+@pytest.mark.parametrize(
+    ("overrides", "routed"),
+    [
+        ({"ffn_modulation": "moa", "router_type": "soft"}, True),
+        ({"router_type": "sequence"}, True),
+        ({"router_type": "top_p"}, True),
+        ({"ffn_modulation": "depth_lora"}, False),
+        ({"ffn_modulation": "none"}, False),
+    ],
+    ids=str,
+)
+def test_alternatives_to_the_mixture_train(tokenizer, make_student, tmp_path, overrides, routed):
+    trainer = make_trainer(make_student(**overrides), tokenizer, tmp_path, arguments={"logging_steps": 1})
+    trainer.train()
+    logs = trainer.state.log_history[0]
+    assert math.isfinite(logs["loss"])
+    loads = [value for name, value in logs.items() if name.startswith("expert_load/")]
+    assert bool(loads) == routed
+    if routed:
+        assert sum(loads) == pytest.approx(len(trainer.model.config.mol_groups), rel=1e-5)

@@ -44,6 +44,15 @@ MODELS = [
     {"num_experts_per_tok": 3, "hidden_size": 64, "num_hidden_layers": 6, "mol_groups": [0, 1]},
     {"num_hidden_groups": 4, "mol_groups": [0, 3]},
     {"decoder_bias": False, "tie_word_embeddings": False},
+    {"ffn_modulation": "none"},
+    {"ffn_modulation": "depth_lora", "num_experts": 0},
+    {"ffn_modulation": "moa"},
+    {"ffn_modulation": "moa", "num_experts": 1},
+    {"ffn_modulation": "moa", "router_type": "top_p"},
+    {"router_type": "soft"},
+    {"router_type": "top_p", "router_top_p": 1.0},
+    {"router_type": "sequence"},
+    {"router_type": "depth"},
 ]
 
 
@@ -60,12 +69,20 @@ def test_training_takes_three_times_as_many_and_what_the_grouped_mixture_repeats
     model = make_model(ModernAlbertForMaskedLM, sparse_prediction=True, **overrides)
     config = model.config
     repeated = 0
-    if config.has_router:  # its backward pass computes in_B and out_A of the chosen experts again
+    if (
+        config.has_router and config.modulation == "mol"
+    ):  # its backward pass computes in_B and out_A of the chosen experts again
         layers = config.layers_per_group * len(config.mol_groups)
-        repeated = layers * config.num_experts_per_tok * 2 * config.expert_rank * 3 * config.mol_intermediate_size
+        chosen = config.num_experts if config.router_type in ("soft", "top_p") else config.num_experts_per_tok
+        repeated = layers * chosen * 2 * config.expert_rank * 3 * config.mol_intermediate_size
     estimate = config.estimate_flops(LENGTH, 6 / LENGTH, training=True)
     assert count_flops(model, 6, training=True) == pytest.approx(TEXTS * LENGTH * (estimate + repeated), rel=1e-12)
     assert repeated < 0.05 * estimate
+
+
+def test_tokens_that_need_fewer_experts_cost_less_than_the_estimate(make_model):
+    model = make_model(ModernAlbertForMaskedLM, router_type="top_p", router_top_p=0.5)
+    assert count_flops(model, LENGTH) < TEXTS * LENGTH * model.config.estimate_flops(LENGTH)
 
 
 def test_sliding_layers_count_the_keys_that_a_token_in_the_middle_sees(make_model):

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import ModernBertConfig, ModernBertForMaskedLM, ModernBertModel
 
 from ..configuration_modernalbert import ModernAlbertConfig
-from ..mixture_modernalbert import ModernAlbertMLP, ModernAlbertMoL
+from ..mixture_modernalbert import ModernAlbertDepthLoRA, ModernAlbertMLP, ModernAlbertMoL
 from ..modeling_modernalbert import ModernAlbertEmbeddings, ModernAlbertForMaskedLM
 
 
@@ -110,7 +110,12 @@ def check_fit(teacher_config: ModernBertConfig, config: ModernAlbertConfig, laye
         misfits.append(f"there is no rule {layers!r} for the layers; the rules are {', '.join(LAYER_RULES)}")
     if experts not in EXPERT_RULES:
         misfits.append(f"there is no rule {experts!r} for the experts; the rules are {', '.join(EXPERT_RULES)}")
-    if experts == "svd" and (config.num_experts < 2 or not config.mol_groups):
+    if experts == "svd" and config.ffn_modulation not in ("mol", "depth_lora"):
+        misfits.append(
+            f"`svd` starts LoRAs, and `ffn_modulation` is {config.ffn_modulation!r}, which has none; use "
+            '`experts="zero"`'
+        )
+    elif experts == "svd" and (not config.mol_groups or (config.ffn_modulation == "mol" and config.num_experts < 2)):
         misfits.append(
             f"there are no experts to start by `svd`: `num_experts` is {config.num_experts} in "
             f'{len(config.mol_groups)} MoL groups; use `experts="zero"`, or give the student 2 experts or more'
@@ -194,7 +199,9 @@ def initialize_from_teacher(
         config: Of the student, e.g. from [`student_config`].
         layers: Which teacher layers a group starts from, see [`source_layers`].
         experts: `"zero"`: new experts, which correct nothing yet. `"svd"`: expert `e` is the best correction of its
-            rank from the shared layer to the `e`-th teacher layer of the group's segment, counted round.
+            rank from the shared layer to the `e`-th teacher layer of the group's segment, counted round. With
+            `ffn_modulation="depth_lora"`, the LoRA of depth `l` is that to the layer in the middle of the `l`-th of as
+            many equal parts of the segment (as Relaxed Recursive Transformers start theirs).
 
     Returns:
         The student on the CPU, and what can be said of it as JSON: for each group its teacher layers and, with
@@ -227,9 +234,12 @@ def initialize_from_teacher(
             Wi, Wo = widen(mean_layer(encoder, sources.first), mean_layer(encoder, sources.second), block.mlp)
         block.mlp.Wi.weight.copy_(Wi)
         block.mlp.Wo.weight.copy_(Wo)
-        if experts == "svd" and isinstance(block.mlp, ModernAlbertMoL):
-            targets = [mean_layer(encoder, [index]) for index in segment[: config.num_experts]]
-            group["expert_energy"] = fit_experts(block.mlp, targets)
+        if experts == "svd" and isinstance(block.mlp, (ModernAlbertMoL, ModernAlbertDepthLoRA)):
+            fitted = segment[: config.num_experts]
+            if isinstance(block.mlp, ModernAlbertDepthLoRA):
+                depths = config.layers_per_group
+                fitted = [segment[(2 * depth + 1) * len(segment) // (2 * depths)] for depth in range(depths)]
+            group["expert_energy"] = fit_experts(block.mlp, [mean_layer(encoder, [index]) for index in fitted])
         report["groups"].append(group)
     student.model.final_norm.weight.copy_(encoder.final_norm.weight)
     if config.decoder_bias and teacher.config.decoder_bias:
@@ -324,7 +334,7 @@ def widen(first: EffectiveLayer, second: EffectiveLayer, mlp: ModernAlbertMLP) -
     return Wi.flatten(0, 1), Wo
 
 
-def fit_experts(mixture: ModernAlbertMoL, targets: list[EffectiveLayer]) -> float:
+def fit_experts(mixture: ModernAlbertMoL | ModernAlbertDepthLoRA, targets: list[EffectiveLayer]) -> float:
     """Makes expert `e` the best correction of its rank from the shared projections to target `e % len(targets)`.
 
     Each target is widened with itself. Experts of the same target start equal; the router tells them apart.

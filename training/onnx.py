@@ -76,7 +76,12 @@ def export_onnx(
         ValueError: The model has experts or another type than float32, or there is no such opset.
     """
     config = model.config
-    if config.mol_groups and config.num_experts > 0:
+    if config.mol_groups and config.modulation in ("moa", "depth_lora"):
+        raise ValueError(
+            f"`ffn_modulation` is {config.ffn_modulation!r}, and a plain encoder is expected; only a Mixture of LoRAs can "
+            "be made one"
+        )
+    if config.mol_groups and config.modulation == "mol":
         raise ValueError(
             f"the model has MoL groups with `num_experts={config.num_experts}`, and a plain encoder is expected; fold "
             "the experts into the shared weights with `scripts/merge_experts.py` or `model.merge_experts()`"

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from transformers import Trainer
 
+from ..configuration_modernalbert import ModernAlbertConfig
+from ..routing_modernalbert import shares_of_choices
 from .callbacks import StepClock
 from .data import TokenMasker
 from .distillation import Distiller, packed_inputs
@@ -35,14 +37,13 @@ def peak_flops(device: torch.device, half: bool) -> float:
 
 
 def routing_statistics(
-    router_logits: tuple[torch.Tensor, ...], num_groups: int, num_experts_per_tok: int, attention_mask: torch.Tensor
+    router_logits: tuple[torch.Tensor, ...], config: ModernAlbertConfig, attention_mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """How a batch was routed, over the depths of each MoL group and all real tokens.
 
     Args:
         router_logits: For every executed MoL layer, `[batch, seq, num_experts]`.
-        num_groups: MoL groups.
-        num_experts_per_tok: Experts that a token chooses.
+        config: Of the model; what a choice is depends on its router, see [`shares_of_choices`].
         attention_mask: 0 at padding, `[batch, seq]`.
 
     Returns:
@@ -51,11 +52,10 @@ def routing_statistics(
     """
     real = attention_mask.bool()
     logits = torch.stack([layer[real] for layer in router_logits]).float()  # [layers, tokens, experts]
-    log_probabilities = logits.unflatten(0, (num_groups, -1)).log_softmax(dim=-1).flatten(1, 2)
-    entropy = -(log_probabilities.exp() * log_probabilities).sum(-1).mean(1) / torch.tensor(logits.shape[-1]).log()
-    chosen = log_probabilities.topk(num_experts_per_tok, dim=-1).indices.flatten(1)
-    load = torch.stack([chosen == expert for expert in range(logits.shape[-1])], dim=1).float().mean(-1)
-    return load, entropy
+    log_probabilities = logits.unflatten(0, (len(config.mol_groups), -1)).log_softmax(dim=-1).flatten(1, 2)
+    probabilities = log_probabilities.exp()
+    entropy = -(probabilities * log_probabilities).sum(-1).mean(1) / torch.tensor(logits.shape[-1]).log()
+    return shares_of_choices(probabilities, config).mean(dim=1), entropy
 
 
 class PretrainingTrainer(Trainer):
@@ -171,9 +171,7 @@ class PretrainingTrainer(Trainer):
         """Adds a micro-batch's routing statistics, weighted by its tokens, to the terms."""
         config = self.model.config
         with torch.no_grad():
-            load, entropy = routing_statistics(
-                router_logits, len(config.mol_groups), config.num_experts_per_tok, attention_mask
-            )
+            load, entropy = routing_statistics(router_logits, config, attention_mask)
             weight = self.accelerator.num_processes * attention_mask.sum() / self.tokens_in_batch
         for index, group in enumerate(sorted(config.mol_groups)):
             self.terms[f"router_entropy/group_{group}"] += weight * entropy[index]

@@ -1,0 +1,613 @@
+"""What stands in the place of a Mixture of LoRAs, and the ways to choose experts, against naive forms of them."""
+
+import copy
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
+from transformers import dynamic_module_utils
+
+from modernalbert import (
+    ModernAlbertConfig,
+    ModernAlbertForMaskedLM,
+    ModernAlbertModel,
+    mixture_modernalbert,
+    modeling_modernalbert,
+)
+from modernalbert.merging_modernalbert import METHODS, routing_weights
+from modernalbert.mixture_modernalbert import FEED_FORWARD_LAYERS, GroupedMixture, ModernAlbertMLP
+from modernalbert.routing_modernalbert import ROUTERS, load_balancing_loss
+from modernalbert.training.callbacks import RoutingFrequencies
+from modernalbert.training.pretraining import routing_statistics
+
+
+# With 4 experts of random weights, half of the probability takes one, two or three of them.
+ROUTINGS = {name: {"router_type": name, "router_top_p": 0.5} for name in ROUTERS}
+VARIANTS = {
+    **{f"mol-{name}": fields for name, fields in ROUTINGS.items()},
+    **{f"moa-{name}": {"ffn_modulation": "moa", **fields} for name, fields in ROUTINGS.items()},
+    "moa-single": {"ffn_modulation": "moa", "num_experts": 1},
+    "depth_lora": {"ffn_modulation": "depth_lora"},
+    "none": {"ffn_modulation": "none"},
+}
+UNNORMALISED = {
+    f"{modulation}-{name}-rest": {"ffn_modulation": modulation, "norm_topk_prob": False, **fields}
+    for modulation in ("mol", "moa")
+    for name, fields in ROUTINGS.items()
+}
+ROUTED = [name for name in VARIANTS if "-" in name and "single" not in name]
+LENGTHS = (9, 4, 6)
+CLOSE = {"rtol": 1e-10, "atol": 1e-10}
+
+each_variant = pytest.mark.parametrize("name", VARIANTS)
+each_router = pytest.mark.parametrize("router_type", ROUTERS)
+
+
+@pytest.fixture(params=["grouped", "dense"])
+def form(request, monkeypatch):
+    """Both forms of the mixture."""
+    if request.param == "dense":
+        monkeypatch.setattr(mixture_modernalbert, "is_tracing", lambda tensor=None: True)
+
+
+def random_states(tokens=12, seed=1):
+    return torch.randn(tokens, 32, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def random_texts():
+    """Token ids of three texts."""
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(3, 100, (length,), generator=generator) for length in LENGTHS]
+
+
+# ---- Layers against their definition
+
+
+def choose(config, probabilities):
+    """Experts of one token, a list."""
+    order = sorted(range(len(probabilities)), key=lambda expert: -probabilities[expert].item())
+    if config.router_type == "soft":
+        return order
+    if config.router_type != "top_p":
+        return order[: config.num_experts_per_tok]
+    taken = []
+    for expert in order:
+        taken.append(expert)
+        if sum(probabilities[expert].item() for expert in taken) >= config.router_top_p:
+            return taken
+    return taken
+
+
+def naive_weights(config, router, states, depth, texts):
+    """Weight of every expert for every token, `[tokens, E]`; `texts` is a list of the text of each token."""
+    if router is None:
+        return states.new_ones(len(states), 1)
+    rows = []
+    for token, text in enumerate(texts):
+        state = states[token]
+        if config.router_type == "sequence":
+            own = [states[other] for other in range(len(texts)) if texts[other] == text]
+            state = sum(own) / len(own)
+        logits = torch.stack([(state * row).sum() for row in router.weight])
+        if config.router_type == "depth":
+            logits = logits + router.depth_bias[depth]
+        probabilities = logits.exp() / logits.exp().sum()
+        taken = choose(config, probabilities)
+        total = probabilities[taken].sum() if config.norm_topk_prob else 1
+        zero = torch.zeros_like(probabilities[0])
+        rows.append(torch.stack([probabilities[e] / total if e in taken else zero for e in range(len(probabilities))]))
+    return torch.stack(rows)
+
+
+def naive_layer(config, layer, states, depth, texts):
+    """A feed-forward layer token by token, every expert as a whole layer of its own."""
+
+    def feed_forward(state, Wi, Wo):
+        gate, value = (Wi @ state).chunk(2)
+        return Wo @ (F.gelu(gate) * value)
+
+    Wi, Wo, scaling = layer.Wi.weight, layer.Wo.weight, config.expert_alpha / config.expert_rank
+
+    def corrected(state, index):
+        experts = layer.experts
+        return feed_forward(
+            state,
+            Wi + scaling * experts.in_B[index] @ experts.in_A[index],
+            Wo + scaling * experts.out_B[index] @ experts.out_A[index],
+        )
+
+    if config.ffn_modulation == "none":
+        return torch.stack([feed_forward(state, Wi, Wo) for state in states])
+    if config.ffn_modulation == "depth_lora":
+        return torch.stack([corrected(state, depth) for state in states])
+    outputs = []
+    for state, weights in zip(states, naive_weights(config, layer.router, states, depth, texts), strict=True):
+        output = feed_forward(state, Wi, Wo)
+        if config.ffn_modulation == "mol":
+            output = (1 - weights.sum()) * output + sum(w * corrected(state, e) for e, w in enumerate(weights))
+        else:
+            pairs = zip(weights, layer.experts.down, layer.experts.up, strict=True)
+            output = output + scaling * sum(w * (up @ F.gelu(down @ output)) for w, down, up in pairs)
+        outputs.append(output)
+    return torch.stack(outputs)
+
+
+def values_and_gradients(function, layer, states):
+    states = states.detach().clone().requires_grad_()
+    layer.zero_grad()
+    output = function(states)
+    cotangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    (output * cotangent).sum().backward()
+    return {"output": output.detach(), "input": states.grad, **{n: p.grad for n, p in layer.named_parameters()}}
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("name", [*VARIANTS, *UNNORMALISED])
+def test_layers_equal_their_definition(make_config, randomize, form, name, depth):
+    config = make_config(**{**VARIANTS, **UNNORMALISED}[name])
+    layer = randomize(FEED_FORWARD_LAYERS[config.modulation](config)).double().eval()
+    states, texts = random_states(), [0] * 5 + [1] * 3 + [2] * 4
+    expected = values_and_gradients(lambda states: naive_layer(config, layer, states, depth, texts), layer, states)
+    actual = values_and_gradients(lambda states: layer(states, depth, torch.tensor(texts)), layer, states)
+    for factor, gradient in expected.items():
+        assert gradient.abs().max() > 0.01, factor  # the comparison says something
+    torch.testing.assert_close(actual, expected, **CLOSE)
+
+
+@each_variant
+def test_new_layers_equal_their_shared_layer(make_config, name):
+    torch.manual_seed(0)
+    model = ModernAlbertModel(make_config(**VARIANTS[name])).double()
+    layer, states = model.layers[1].mlp, random_states()
+    if name != "none":
+        assert all(A.abs().min() > 0 and not B.any() for A, B in layer.experts.pairs())
+    output = layer(states, depth=1, text_ids=torch.arange(12) // 5)
+    torch.testing.assert_close(output, ModernAlbertMLP.forward(layer, states), **CLOSE)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_the_recursion_tells_layers_their_depth(make_model, depth):
+    """Changing what one depth alone reads changes that layer's output, and nothing before it."""
+    for overrides in (VARIANTS["depth_lora"], VARIANTS["mol-depth"], VARIANTS["moa-depth"]):
+        model = make_model(dtype=torch.float64, **overrides)
+        input_ids = random_texts()[0][None]
+        before = model(input_ids, output_hidden_states=True).hidden_states[:-1]
+        after = copy.deepcopy(model)
+        mlp = after.layers[1].mlp
+        with torch.no_grad():
+            if "depth_lora" in overrides.values():
+                mlp.experts.out_B[depth] += 1
+            else:
+                mlp.router.depth_bias[depth, 0] += 20
+        after = after(input_ids, output_hidden_states=True).hidden_states[:-1]
+        changed = [not torch.equal(a, b) for a, b in zip(before, after, strict=True)]
+        assert changed == [False, False, False, depth == 0]  # embedding, then the ends of three layers
+
+
+def test_empty_slots_cost_nothing(make_config, randomize, monkeypatch):
+    config = make_config(**VARIANTS["mol-top_p"])
+    layer = randomize(FEED_FORWARD_LAYERS["mol"](config)).double().eval()
+    seen, mix = [], GroupedMixture.mix
+    monkeypatch.setattr(
+        GroupedMixture,
+        "mix",
+        lambda gated, corrected, *rest: seen.append(len(corrected)) or mix(gated, corrected, *rest),
+    )
+    states = random_states(200)
+    layer(states)
+    weights = layer.router(states)[1]
+    assert sum(seen) == weights.count_nonzero()
+    counts = weights.count_nonzero(dim=1)
+    assert {1, 2} <= set(counts.tolist()) and sum(seen) < 3 * 200
+
+
+@each_router
+@pytest.mark.parametrize("modulation", ["mol", "moa"])
+def test_weights_sum_to_one(make_config, randomize, modulation, router_type):
+    config = make_config(ffn_modulation=modulation, **ROUTINGS[router_type])
+    router = randomize(FEED_FORWARD_LAYERS[modulation](config)).router
+    _, weights, experts = router(random_states(50).float(), 1, torch.arange(50) // 7)
+    torch.testing.assert_close(weights.sum(dim=1), torch.ones(50), rtol=1e-6, atol=0)
+    if router_type == "sequence":
+        for start in range(0, 50, 7):
+            text = slice(start, start + 7)
+            assert experts[text].unique(dim=0).shape[0] == weights[text].unique(dim=0).shape[0] == 1
+
+
+@pytest.mark.parametrize("name", ["moa-top_k", "moa-sequence", "mol-depth", "depth_lora"])
+def test_autocast_is_near_float32(make_model, name):
+    model = make_model(**VARIANTS[name])
+    input_ids = torch.cat(random_texts())[None]
+    expected = model(input_ids).last_hidden_state
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = model(input_ids, output_router_logits=True)
+    torch.testing.assert_close(actual.last_hidden_state.float(), expected, rtol=0, atol=0.2)
+    assert all(logits.dtype == torch.float32 for logits in actual.router_logits)
+
+
+# ---- A text's result is its own
+
+
+def padded_rows(texts, left):
+    rows, mask = torch.zeros(len(texts), 11, dtype=torch.long), torch.zeros(len(texts), 11, dtype=torch.long)
+    for row, text in enumerate(texts):
+        start = 11 - len(text) if left else 0
+        rows[row, start : start + len(text)], mask[row, start : start + len(text)] = text, 1
+    return {"input_ids": rows, "attention_mask": mask}
+
+
+def packed_rows(texts):
+    """The first and the second text in one row, the third in the other, with padding between and behind."""
+    rows, mask = torch.zeros(2, 15, dtype=torch.long), torch.zeros(2, 15, dtype=torch.long)
+    positions = torch.ones(2, 15, dtype=torch.long)
+    for row, start, text in ((0, 0, texts[0]), (0, 10, texts[1]), (1, 2, texts[2])):
+        place = slice(start, start + len(text))
+        rows[row, place], mask[row, place], positions[row, place] = text, 1, torch.arange(len(text))
+    return {"input_ids": rows, "attention_mask": mask, "position_ids": positions}
+
+
+def end_to_end(texts):
+    ends = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
+    return {"input_ids": torch.cat(texts)[None], "cu_seq_lens_q": ends}
+
+
+BATCHES = {
+    "right": lambda texts: padded_rows(texts, left=False),
+    "left": lambda texts: padded_rows(texts, left=True),
+    "packed": packed_rows,
+    "end to end": end_to_end,
+}
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@each_variant
+def test_a_text_is_alone_whatever_surrounds_it(make_model, monkeypatch, name, traced):
+    model = make_model(dtype=torch.float64, attn_implementation="eager", **VARIANTS[name])
+    texts = random_texts()
+    alone = [model(text[None], output_router_logits=True) for text in texts]
+    states = torch.cat([output.last_hidden_state[0] for output in alone])
+    logits = [torch.cat(layers, dim=1)[0] for layers in zip(*(o.router_logits or () for o in alone), strict=True)]
+    assert len(logits) == (2 if model.config.has_router else 0)
+    if traced:
+        for module in (modeling_modernalbert, mixture_modernalbert):
+            monkeypatch.setattr(module, "is_tracing", lambda tensor=None: True)
+    for batch in (make(texts) for make in BATCHES.values()):
+        output = model(**batch, output_router_logits=True)
+        real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+        torch.testing.assert_close(output.last_hidden_state[real], states, **CLOSE)
+        assert not output.last_hidden_state[~real].any()
+        torch.testing.assert_close([layer[real] for layer in output.router_logits or ()], logits, **CLOSE)
+        assert not any(layer[~real].any() for layer in output.router_logits or ())
+
+
+def test_a_batch_of_full_rows_is_a_text_each(make_model):
+    model = make_model(dtype=torch.float64, **VARIANTS["mol-sequence"])
+    rows = torch.stack([random_texts()[0], random_texts()[0].flip(0)])
+    both = model(rows, output_router_logits=True)
+    assert not torch.allclose(both.router_logits[0][0], both.router_logits[0][1])
+    torch.testing.assert_close(both.last_hidden_state[1:], model(rows[1:]).last_hidden_state, **CLOSE)
+    assert model(rows, torch.zeros_like(rows)).last_hidden_state.eq(0).all()
+
+
+def test_routing_of_texts_needs_a_mask_that_tells_padding(make_model):
+    model = make_model(**VARIANTS["mol-sequence"])
+    with pytest.raises(ValueError, match=r'`router_type="sequence"` must know.*give one of shape \[batch, seq\]'):
+        model(random_texts()[0][None], torch.zeros(1, 1, 9, 9))
+
+
+@pytest.mark.parametrize("name", ["mol-sequence", "moa-top_p"])
+def test_exported_graph(make_model, name):
+    model = make_model(**VARIANTS[name])
+    batch = padded_rows(random_texts(), left=False)
+    program = torch.export.export(model, (), kwargs=batch, strict=False)
+    other = padded_rows(random_texts()[::-1], left=True)
+    with torch.no_grad():
+        found, expected = (run(**other).last_hidden_state for run in (program.module(), model))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+# ---- The balancing loss, and figures of routing
+
+
+@each_router
+def test_balancing_loss_counts_what_the_router_chooses(make_config, router_type):
+    config = make_config(num_hidden_layers=6, mol_groups=[0, 1], **ROUTINGS[router_type])
+    generator = torch.Generator().manual_seed(0)
+    layers = [torch.randn(2, 5, 4, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(6)]
+    mask = torch.tensor([[1, 1, 1, 0, 0], [0, 1, 0, 1, 1]])
+    losses, loads = [], []
+    for group in (layers[:3], layers[3:]):
+        rows = [row.exp() / row.exp().sum() for layer in group for row in layer[mask.bool()]]
+        load = torch.zeros(4, dtype=torch.float64)
+        for row in rows:
+            taken = choose(config, row)
+            for expert in taken:
+                load[expert] = load[expert] + (row[expert] if router_type == "soft" else 1 / len(taken)) / len(rows)
+        losses.append(4 * (load * sum(rows) / len(rows)).sum())
+        loads.append(load.detach())
+    expected, actual = sum(losses) / 2, load_balancing_loss(tuple(layers), config, mask)
+    torch.testing.assert_close(actual, expected, **CLOSE)
+    torch.testing.assert_close(torch.autograd.grad(actual, layers), torch.autograd.grad(expected, layers), **CLOSE)
+    found, entropy = routing_statistics(tuple(layer.detach() for layer in layers), config, mask)
+    torch.testing.assert_close(found.double(), torch.stack(loads), rtol=1e-5, atol=1e-6)
+    assert ((0 < entropy) & (entropy < 1)).all()
+
+
+@each_router
+@pytest.mark.parametrize("modulation", ["mol", "moa"])
+def test_an_even_router_has_a_loss_of_one(make_model, modulation, router_type):
+    model = make_model(
+        ModernAlbertForMaskedLM, ffn_modulation=modulation, router_aux_loss_coef=0.5, **ROUTINGS[router_type]
+    )
+    for name, parameter in model.named_parameters():
+        if "router" in name:
+            torch.nn.init.zeros_(parameter)
+    batch = padded_rows(random_texts(), left=False)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    output = model.train()(**batch, labels=labels, output_router_logits=True)
+    assert output.aux_loss.item() == pytest.approx(1)
+    plain = F.cross_entropy(output.logits.flatten(0, 1), labels.flatten())
+    assert output.loss.item() == pytest.approx(plain.item() + 0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ROUTED)
+def test_routing_frequencies_count_every_router(make_model, name):
+    model = make_model(ModernAlbertForMaskedLM, **VARIANTS[name]).train()
+    callback = RoutingFrequencies()
+    state = SimpleNamespace(stateful_callbacks={}, global_step=0)
+    callback.on_train_begin(SimpleNamespace(device="cpu"), state, None, model=model)
+    model(**padded_rows(random_texts(), left=False))
+    tokens = sum(LENGTHS) * model.config.layers_per_group
+    assert callback.sums[0, -1] == tokens
+    assert callback.sums[0, :-1].sum().item() == pytest.approx(tokens, rel=1e-5)
+    assert (callback.sums[0, :-1] > 0).sum() > 1
+
+
+# ---- Training
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
+@each_variant
+def test_gradient_checkpointing_changes_no_gradient(make_model, name):
+    batch = padded_rows(random_texts(), left=False)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    gradients = []
+    for checkpointed in (False, True):
+        model = make_model(
+            ModernAlbertForMaskedLM, dtype=torch.float64, router_aux_loss_coef=0.5, router_jitter_noise=0.3,
+            **VARIANTS[name],
+        ).train()  # fmt: skip
+        if checkpointed:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        torch.manual_seed(0)
+        model(**batch, labels=labels).loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    assert all(gradient is not None for gradient in gradients[0].values())
+    torch.testing.assert_close(gradients[1], gradients[0], **CLOSE)
+
+
+# ---- Counts
+
+
+SHAPES = [{}, {"num_hidden_groups": 4, "mol_groups": [0, 3]}, {"num_hidden_layers": 6, "mol_groups": [0, 1]}]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@each_variant
+def test_parameters_are_counted_without_the_model(make_config, name, shape):
+    config = make_config(**VARIANTS[name], **shape)
+    assert config.num_parameters() == ModernAlbertForMaskedLM(config).num_parameters()
+
+
+@pytest.mark.parametrize("preset", ["nano", "tiny", "medium", "base", "large"])
+@pytest.mark.parametrize("modulation", ["moa", "depth_lora", "none"])
+def test_variants_match_the_parameters_of_each_preset(preset, modulation):
+    total = ModernAlbertConfig.preset(preset).num_parameters()
+    config = ModernAlbertConfig.preset(preset, ffn_modulation=modulation)
+    before = config.to_dict()
+    matched = config.match_parameters(total)
+    assert matched.num_parameters() == pytest.approx(total, rel=0.02)
+    assert config.to_dict() == before
+    field = "mol_intermediate_size" if modulation == "none" else "expert_rank"
+    assert {**matched.to_dict(), field: before[field]} == before
+    for step in (-1, 1):  # no other value is nearer
+        setattr(matched, field, getattr(matched, field) + step)
+        assert abs(matched.num_parameters() - total) >= abs(config.match_parameters(total).num_parameters() - total)
+        setattr(matched, field, getattr(matched, field) - step)
+    back = ModernAlbertConfig.preset(preset, expert_rank=1).match_parameters(total)
+    assert back.expert_rank == 16
+
+
+@pytest.mark.parametrize(
+    ("overrides", "total", "message"),
+    [
+        (
+            {},
+            1_000_000,
+            r"`expert_rank` cannot bring this model to 1,000,000 parameters: the nearest is .* at 32; change",
+        ),
+        ({"ffn_modulation": "none"}, 10, "`mol_intermediate_size` cannot bring this model to 10 .* at 1; change"),
+        ({"mol_groups": []}, 10**6, "`expert_rank` cannot bring .* at 3; change `mol_groups`"),
+    ],
+    ids=str,
+)
+def test_what_cannot_match_is_refused(make_config, overrides, total, message):
+    with pytest.raises(ValueError, match=message):
+        make_config(**overrides).match_parameters(total)
+
+
+# ---- The model as a whole
+
+
+@each_variant
+def test_unshared_model_equals_one_with_copied_weights(make_model, name):
+    """As many groups as layers: each layer has its own weights, and the first depth of everything."""
+    shared = make_model(dtype=torch.float64, **VARIANTS[name])
+    unshared = make_model(dtype=torch.float64, num_hidden_groups=4, **{**VARIANTS[name], "mol_groups": [2, 3]})
+    state = {}
+    for key, tensor in shared.state_dict().items():
+        parts = key.split(".")
+        if parts[0] != "layers":
+            state[key] = tensor
+            continue
+        for depth in range(2):
+            own = tensor
+            if key.endswith("depth_bias") or (name == "depth_lora" and "experts" in key):
+                own = tensor[depth : depth + 1]
+            state[".".join(["layers", str(2 * int(parts[1]) + depth), *parts[2:]])] = own
+    unshared.load_state_dict(state)
+    batch = padded_rows(random_texts(), left=False)
+    torch.testing.assert_close(unshared(**batch).last_hidden_state, shared(**batch).last_hidden_state, **CLOSE)
+
+
+@each_variant
+def test_save_and_load(make_model, tmp_path, name):
+    model = make_model(ModernAlbertForMaskedLM, **VARIANTS[name])
+    model.save_pretrained(tmp_path)
+    loaded = ModernAlbertForMaskedLM.from_pretrained(tmp_path)
+    for field in ("ffn_modulation", "router_type", "router_top_p"):
+        assert getattr(loaded.config, field) == getattr(model.config, field)
+    batch = padded_rows(random_texts(), left=False)
+    torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits, rtol=0, atol=0)
+    assert not any("lora_" in parameter for parameter in model.state_dict())
+
+
+def test_remote_code(make_model, tmp_path, monkeypatch):
+    """The saved files run by themselves, with a modulation and a router that are not the default."""
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    model = make_model(ModernAlbertForMaskedLM, **VARIANTS["moa-sequence"])
+    model.save_pretrained(tmp_path / "saved")
+    remote = dynamic_module_utils.get_class_from_dynamic_module(
+        "modeling_modernalbert.ModernAlbertForMaskedLM", str(tmp_path / "saved")
+    )
+    assert remote.__module__.startswith("transformers_modules.")
+    loaded = remote.from_pretrained(tmp_path / "saved")
+    batch = padded_rows(random_texts(), left=False)
+    torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits, rtol=0, atol=0)
+
+
+def test_checkpoints_from_before_are_a_mixture_with_top_k(make_model, tmp_path):
+    model = make_model(ModernAlbertForMaskedLM)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    fields = json.loads(path.read_text())
+    for name in ("ffn_modulation", "router_type", "router_top_p"):
+        del fields[name]
+    path.write_text(json.dumps(fields))
+    loaded = ModernAlbertForMaskedLM.from_pretrained(tmp_path)
+    assert (loaded.config.ffn_modulation, loaded.config.router_type) == ("mol", "top_k")
+    input_ids = random_texts()[0][None]
+    torch.testing.assert_close(loaded(input_ids).logits, model(input_ids).logits, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="missing in .*depth_bias.*describes another architecture"):
+        ModernAlbertForMaskedLM.from_pretrained(tmp_path, router_type="depth")
+
+
+# ---- What the configuration refuses
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"router_top_p": 0}, r"`router_top_p` \(0\) must be above 0 and at most 1"),
+        ({"router_top_p": 1.1}, r"`router_top_p` \(1.1\) must be above 0 and at most 1"),
+        (
+            {"router_type": "top_p", "router_top_p": 0.25},
+            r"`router_top_p` \(0.25\) is reached by one of 4 experts.*raise it above 1 / `num_experts`",
+        ),
+        (
+            {"ffn_modulation": "moa", "num_experts_per_tok": 1},
+            r"`num_experts_per_tok` \(1\) with `norm_topk_prob` \(True\)",
+        ),
+        ({"router_type": "depth", "num_experts_per_tok": 5}, r"`num_experts_per_tok` \(5\) must be from 1"),
+        ({"ffn_modulation": "moa", "expert_rank": 33}, r"`expert_rank` \(33\) must be from 1 to 32"),
+        ({"ffn_modulation": "depth_lora", "expert_rank": 0}, r"`expert_rank` \(0\) must be from 1 to 32"),
+    ],
+    ids=str,
+)
+def test_contradicting_fields_are_refused(make_config, overrides, message):
+    with pytest.raises(StrictDataclassClassValidationError, match=message):
+        make_config(**overrides)
+
+
+@pytest.mark.parametrize("field", ["ffn_modulation", "router_type"])
+def test_unknown_names_are_refused(make_config, field):
+    with pytest.raises(StrictDataclassFieldValidationError, match="expected one of .* got other"):
+        make_config(**{field: "other"})
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"router_type": "soft", "num_experts_per_tok": 1},
+        {"router_type": "top_p", "num_experts_per_tok": 1},
+        {"router_type": "top_p", "router_top_p": 0.25, "norm_topk_prob": False},
+        {"router_type": "top_p", "router_top_p": 1},
+        {"ffn_modulation": "none", "expert_rank": 0, "num_experts_per_tok": 1},
+        {"ffn_modulation": "depth_lora", "num_experts": 0},
+        {"ffn_modulation": "depth_lora", "num_experts_per_tok": 1},
+        {"ffn_modulation": "moa", "num_experts": 0, "expert_rank": 0},
+        {"ffn_modulation": "moa", "mol_intermediate_size": 5, "expert_rank": 32},
+    ],
+    ids=str,
+)
+def test_fields_at_the_edge_of_a_rule_pass(make_config, overrides):
+    config = make_config(**overrides)
+    assert ModernAlbertForMaskedLM(config).num_parameters() == config.num_parameters()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "has_router"),
+    [
+        *((fields, name in ROUTED) for name, fields in VARIANTS.items()),
+        ({"ffn_modulation": "moa", "mol_groups": []}, False),
+        ({"ffn_modulation": "moa", "num_experts": 0}, False),
+    ],
+    ids=str,
+)
+def test_has_router(make_model, overrides, has_router):
+    model = make_model(**overrides)
+    assert model.config.has_router == has_router
+    assert any("router" in name for name in model.state_dict()) == has_router
+
+
+# ---- Merging
+
+
+@pytest.mark.parametrize("fold", [True, False])
+@pytest.mark.parametrize("name", ["moa-top_k", "moa-single", "depth_lora", "none"])
+def test_only_a_mixture_of_loras_merges(make_model, name, fold):
+    model = make_model(**VARIANTS[name])
+    with pytest.raises(ValueError, match="only a Mixture of LoRAs can be merged, and `ffn_modulation` is '"):
+        model.merge_experts("uniform", fold)
+
+
+@pytest.mark.parametrize("router_type", ["sequence", "depth"])
+def test_routers_that_need_more_than_a_token_merge_without_text(make_model, router_type):
+    model = make_model(**ROUTINGS[router_type])
+    for method in (method for method, (_, source) in METHODS.items() if source == "text"):
+        with pytest.raises(
+            ValueError, match=rf"`router_type` is '{router_type}'; use 'uniform', 'svd', 'cat' or 'ema'"
+        ):
+            model.merge_experts(method, batches=[{"input_ids": random_texts()[0][None]}])
+    reference = make_model()
+    reference.load_state_dict(model.state_dict(), strict=False)  # all but biases for depths
+    merged, expected = model.merge_experts("svd"), reference.merge_experts("svd")
+    assert not merged.config.has_router
+    input_ids = random_texts()[0][None]
+    torch.testing.assert_close(merged(input_ids), expected(input_ids), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("router_type", ["soft", "top_p"])
+def test_merging_reads_the_weights_of_other_routers(make_model, router_type):
+    model = make_model(dtype=torch.float64, **ROUTINGS[router_type])
+    layer, states = model.layers[1].mlp, random_states()
+    expected = naive_weights(model.config, layer.router, states, 0, [0] * len(states))
+    torch.testing.assert_close(routing_weights(layer, states), expected, **CLOSE)
+    batches = [{"input_ids": text[None]} for text in random_texts()]
+    for method, count in (("frequency", None), ("regression", None), ("cluster", 2)):
+        merged = model.merge_experts(method, batches=batches, num_experts=count, inplace=False)
+        assert merged(batches[0]["input_ids"]).last_hidden_state.isfinite().all()
