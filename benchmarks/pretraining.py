@@ -34,6 +34,14 @@ def run(script: str, *arguments: str) -> None:
         raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr[-4000:]}")
 
 
+def train_tokenizer(args) -> None:
+    """The tokenizer of all runs, unless it is there."""
+    folder = args.output_dir / "tokenizer"
+    if not folder.exists():
+        vocabulary = ("--vocab_size", "8192", "--model_max_length", "1024")
+        run("train_tokenizer", "--files", *args.train_data, *vocabulary, "--output_dir", str(folder))
+
+
 def pretrain(args, folder: Path, steps: int, seed: int, *arguments: str) -> None:
     """One run of `scripts/pretrain.py`, unless it has ended before."""
     if (folder / "results.json").exists():
@@ -54,10 +62,8 @@ def pretrain(args, folder: Path, steps: int, seed: int, *arguments: str) -> None
 
 def train_all(args) -> None:
     """Tokenizer, teacher, initialisation, then every variant with every seed."""
-    tokenizer, teacher, start = (args.output_dir / name for name in ("tokenizer", "teacher", "initialisation"))
-    if not tokenizer.exists():
-        vocabulary = ("--vocab_size", "8192", "--model_max_length", "1024")
-        run("train_tokenizer", "--files", *args.train_data, *vocabulary, "--output_dir", str(tokenizer))
+    teacher, start = (args.output_dir / name for name in ("teacher", "initialisation"))
+    train_tokenizer(args)
     shape = ModernBertConfig(
         hidden_size=192,
         intermediate_size=288,

@@ -7,9 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
-from matplotlib.figure import Figure
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,7 +17,7 @@ from ..merging_modernalbert import collect_states, mean_routing, similarity
 from .checkpoints import write_text
 from .export import SENTENCE, write_model
 from .metrics import compute_metrics
-from .report import PAGE, STYLE, format_table, to_svg
+from .report import PAGE, draw_matrix, draw_panels, format_table
 
 
 REPORT_NAME = "merge_report"
@@ -205,16 +203,6 @@ def write_merge_report(folder: Path, report: dict[str, Any]) -> None:
     write_text(folder / f"{REPORT_NAME}.html", page)
 
 
-def draw_panels(panels: list[Callable]) -> str:
-    """SVG of functions that each draw into axes, three in a row."""
-    rows = -(-len(panels) // 3)
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(10, 2.8 * rows), layout="constrained")
-        for place, panel in enumerate(panels, start=1):
-            panel(figure.add_subplot(rows, 3, place))
-        return to_svg(figure)
-
-
 def draw_errors(report: dict[str, Any]) -> list[Callable]:
     """One panel for each group: error of a layer over its depths, by method."""
 
@@ -247,15 +235,8 @@ def draw_experts(report: dict[str, Any]) -> list[Callable]:
 
     def cosines(group, depth, values):
         def draw(axes):
-            places = range(len(values))
-            # Not `imshow`, which would embed a bitmap. Saturated colours are left out: numbers stay readable.
-            axes.pcolormesh(places, places, values, vmin=-1.5, vmax=1.5, cmap="RdBu_r")
-            for row, column in ((i, j) for i in places for j in places):
-                axes.text(column, row, f"{values[row][column]:.1f}", color="black", ha="center", va="center", size=6)
-            axes.set(title=f"similarity of experts, group {group}, depth {depth}", xticks=places, yticks=places)
-            axes.set_aspect("equal")
-            axes.invert_yaxis()
-            axes.grid(False)
+            draw_matrix(axes, values)
+            axes.set(title=f"similarity of experts, group {group}, depth {depth}")
 
         return draw
 

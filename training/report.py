@@ -4,12 +4,13 @@ import html
 import math
 import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from io import StringIO
 from numbers import Real
 from pathlib import Path
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .checkpoints import write_text
@@ -127,6 +128,30 @@ def draw(panels: dict[str, dict[str, Curve]]) -> str:
             if title != "losses":
                 axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))  # noise does not look like change
         return to_svg(figure)
+
+
+def draw_panels(panels: list[Callable]) -> str:
+    """SVG of functions that each draw into axes, three in a row."""
+    rows = -(-len(panels) // 3)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10, 2.8 * rows), layout="constrained")
+        for place, panel in enumerate(panels, start=1):
+            panel(figure.add_subplot(rows, 3, place))
+        return to_svg(figure)
+
+
+def draw_matrix(axes: Axes, values: Sequence[Sequence[float]], center: float = 0) -> None:
+    """Square matrix with its numbers in it, coloured by their distance from `center`; a NaN is left blank."""
+    places = range(len(values))
+    # Not `imshow`, which would embed a bitmap. Saturated colours are left out: numbers stay readable.
+    shades = [[min(value - center, 1) for value in row] for row in values]
+    axes.pcolormesh(places, places, shades, vmin=-1.5, vmax=1.5, cmap="RdBu_r")
+    for row, column in ((i, j) for i in places for j in places if not math.isnan(values[i][j])):
+        axes.text(column, row, f"{values[row][column]:.1f}", color="black", ha="center", va="center", size=6)
+    axes.set(xticks=places, yticks=places)
+    axes.set_aspect("equal")
+    axes.invert_yaxis()
+    axes.grid(False)
 
 
 def to_svg(figure: Figure) -> str:

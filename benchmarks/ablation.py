@@ -1,0 +1,322 @@
+"""What the modulation of shared layers is worth: the paper's ablation, at equal tokens and at equal parameters.
+
+    python benchmarks/ablation.py --train_data "prose/train-*.parquet" --validation_data prose/validation.parquet \
+        --tasks tasks.json --output_dir runs/benchmark-ablation
+
+Every variant is pretrained from scratch on the same tokens, by `scripts/pretrain.py`: with the first seed at each of
+`--learning_rates`, then with all `--seeds` at its best rate, so that none is compared at the rate of another.
+`unshared` has the widths of the others, and weights for every layer it runs; it says what sharing costs. Variants that
+end in `-matched` are brought to the parameters of `mol`. With `--tasks`, written as for `benchmarks/merging.py`, the
+models are then fine-tuned.
+
+A run that has ended is not repeated, and one that was stopped goes on. Writes `ablation.json`, `ablation.md`, and
+plots: `ablation.svg`, loss over tokens and quality over parameters, `ablation-usage.svg`, use of the experts over
+depth.
+"""
+
+import json
+import math
+import os
+import statistics
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from merging import cut, fine_tune
+from pretraining import pretrain, read_curve, train_tokenizer
+from scipy.stats import t
+
+from modernalbert import ModernAlbertConfig, ModernAlbertModel
+from modernalbert.configuration_modernalbert import PRESETS
+from modernalbert.tokenization import load_tokenizer, padded_vocab_size
+from modernalbert.training.checkpoints import write_text
+from modernalbert.training.report import draw_panels
+from modernalbert.training.routing import describe_routing, draw_group, read_batches
+
+
+# Fields over the preset's, which is `mol`. What `unshared` and `-matched` change beside, `overrides` finds out.
+VARIANTS = {
+    "unshared": {"ffn_modulation": "none"},
+    "none": {"ffn_modulation": "none"},
+    "depth_lora": {"ffn_modulation": "depth_lora"},
+    "moa": {"ffn_modulation": "moa"},
+    "mol": {"ffn_modulation": "mol"},
+    "mol-depth": {"router_type": "depth"},
+    "mol-soft": {"router_type": "soft"},
+    "mol-top_p": {"router_type": "top_p"},
+    "mol-sequence": {"router_type": "sequence"},
+    "none-matched": {"ffn_modulation": "none"},
+    "depth_lora-matched": {"ffn_modulation": "depth_lora"},
+    "moa-matched": {"ffn_modulation": "moa"},
+}
+OPTIONAL = ("mol-soft", "mol-top_p", "mol-sequence")
+PAIRS = [("mol", other + kind) for kind in ("", "-matched") for other in ("none", "depth_lora", "moa")]
+LENGTH, MASKED = 128, 0.3  # of the rows of `pretrain`, for the count of operations
+USAGE_TOKENS = 20_000
+
+
+def overrides(name: str, preset: str, vocab_size: int) -> dict[str, Any]:
+    """Fields of a variant's configuration that differ from its preset's."""
+    fields = dict(VARIANTS[name])
+    sizes = {"vocab_size": vocab_size, "pad_token_id": None}  # the preset's may lie outside another vocabulary
+    base = ModernAlbertConfig.preset(preset, **sizes)
+    if name == "unshared":
+        wide = [layer for layer in range(base.num_hidden_layers) if layer // base.layers_per_group in base.mol_groups]
+        fields |= {"num_hidden_groups": base.num_hidden_layers, "mol_groups": wide}
+    elif name.endswith("-matched"):
+        config = ModernAlbertConfig.preset(preset, **sizes, **fields).match_parameters(base.num_parameters())
+        fields |= {field: getattr(config, field) for field in ("expert_rank", "mol_intermediate_size")}
+    return fields
+
+
+def run_folder(args: Namespace, name: str, rate: float, seed: int) -> Path:
+    return args.output_dir / f"{name}-{args.steps}-{rate:g}-{seed}"
+
+
+def train(args: Namespace, name: str, rate: float, seed: int) -> None:
+    """One run of pretraining, unless it has ended before."""
+    start, folder = time.perf_counter(), run_folder(args, name, rate, seed)
+    fields = overrides(name, args.preset, padded_vocab_size(load_tokenizer(args.output_dir / "tokenizer")))
+    settings = Namespace(**{**vars(args), "learning_rate": rate})
+    pretrain(settings, folder, args.steps, seed, "--preset", args.preset, "--config_overrides", json.dumps(fields))
+    print(f"{folder.name}: {read_losses(folder)}, {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def read_losses(folder: Path) -> dict[str, float]:
+    """Last masked-LM loss of a run that has ended, by validation source."""
+    results = json.loads((folder / "results.json").read_text())
+    losses = {name: value for name, value in results.items() if name.startswith("eval_") and name.endswith("loss")}
+    return {
+        name.removeprefix("eval_").removesuffix("loss").strip("_") or "validation": loss
+        for name, loss in losses.items()
+    }
+
+
+def sweep(args: Namespace, name: str) -> dict[float, float]:
+    """Mean loss over the validation sources at each learning rate, first seed, best first; infinite if it diverged."""
+    losses = {}
+    for rate in args.learning_rates:
+        loss = statistics.mean(read_losses(run_folder(args, name, rate, args.seeds[0])).values())
+        losses[rate] = loss if math.isfinite(loss) else math.inf
+    return dict(sorted(losses.items(), key=lambda item: item[1]))
+
+
+def best_run(args: Namespace, name: str, seed: int, task: str = "") -> Path:
+    """Folder of the run at the variant's best rate, or of what was fine-tuned from it on a task."""
+    folder = run_folder(args, name, next(iter(sweep(args, name))), seed)
+    return folder.with_name(f"{folder.name}-{task}") if task else folder
+
+
+def tune(args: Namespace, name: str, seed: int, task: str) -> None:
+    """Fine-tunes a pretrained model on a task, unless that was done before."""
+    output_dir = best_run(args, name, seed, task)
+    if not (output_dir / "results.json").exists():
+        fields = json.loads((args.output_dir / f"task-{task}" / "task.json").read_text())
+        fine_tune(args, best_run(args, name, seed), fields, output_dir, seed)
+
+
+def run_all(args: Namespace, function: Callable, jobs: list[tuple]) -> None:
+    """Runs jobs, `--processes` at a time; the first that fails, or Ctrl-C, keeps those that wait from starting."""
+    with ThreadPoolExecutor(args.processes) as pool:
+        futures = [pool.submit(function, args, *job) for job in jobs]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def compare(ours: list[float], others: list[float]) -> dict[str, float | None]:
+    """Mean of paired differences, and half the width of its 95% t-interval; None for a single pair."""
+    differences = [a - b for a, b in zip(ours, others, strict=True)]
+    half = None
+    if len(differences) > 1:
+        half = t.ppf(0.975, len(differences) - 1) * statistics.stdev(differences) / len(differences) ** 0.5
+    return {"mean": statistics.mean(differences), "half_width": half}
+
+
+def summarise(values: dict[str, list[float]], larger_is_better: bool) -> dict[str, Any]:
+    """Figures of one measure.
+
+    Args:
+        values: Of each variant, one for each seed, in the same order.
+        larger_is_better: Whether it is a score, and not a loss.
+
+    Returns:
+        `variants`: `mean`, `standard_error`, the paired difference `minus_none`, and `gap_closed`, the share of the way
+        from the mean of `none` to that of `unshared`, None where `unshared` is no better. `pairs`: `PAIRS`, as far as
+        they were run.
+    """
+    means = {name: statistics.mean(own) for name, own in values.items()}
+    gap = None
+    if {"none", "unshared"} <= means.keys():
+        gap = means["unshared"] - means["none"]
+        gap = gap if gap != 0 and (gap > 0) == larger_is_better else None
+    variants = {
+        name: {
+            "mean": means[name],
+            "standard_error": statistics.stdev(own) / len(own) ** 0.5 if len(own) > 1 else None,
+            "minus_none": compare(own, values["none"]) if "none" in values else None,
+            "gap_closed": (means[name] - means["none"]) / gap if gap is not None else None,
+        }
+        for name, own in values.items()
+    }
+    pairs = {f"{a} - {b}": compare(values[a], values[b]) for a, b in PAIRS if {a, b} <= values.keys()}
+    return {"values": values, "variants": variants, "pairs": pairs}
+
+
+def collect(args: Namespace, tasks: list[str]) -> dict[str, Any]:
+    """All figures, from what the runs have left in their folders."""
+    variants, measures = {}, {}
+    for name in args.variants:
+        folders, swept = [best_run(args, name, seed) for seed in args.seeds], sweep(args, name)
+        rate = next(iter(swept))
+        config = ModernAlbertConfig.from_pretrained(folders[0])
+        curves = {}
+        for folder in folders:
+            for source, curve in read_curve(folder).items():
+                curves.setdefault(source, []).append(curve)
+        variants[name] = {
+            "parameters": config.num_parameters(),
+            "flops_per_token": config.estimate_flops(LENGTH, MASKED),
+            "learning_rate": rate,
+            "at_edge_of_sweep": len(swept) > 1 and rate in (min(swept), max(swept)),
+            "sweep": {f"{rate:g}": loss if math.isfinite(loss) else None for rate, loss in swept.items()},
+            "curves": {  # means over seeds
+                source: [
+                    (points[0][0], statistics.mean(loss for _, loss in points)) for points in zip(*own, strict=True)
+                ]
+                for source, own in curves.items()
+            },
+        }
+        for folder in folders:
+            for source, loss in read_losses(folder).items():
+                measures.setdefault(f"masked-LM loss, {source}", {}).setdefault(name, []).append(loss)
+        for task in tasks:
+            found = [best_run(args, name, seed, task) / "results.json" for seed in args.seeds]
+            scores = [100 * next(iter(json.loads(path.read_text()).values())) for path in found]
+            measures.setdefault(task, {})[name] = scores
+    measures = {measure: summarise(values, measure in tasks) for measure, values in measures.items()}
+    return {"tokens": args.steps * 8 * LENGTH, "seeds": args.seeds, "variants": variants, "measures": measures}
+
+
+def tabulate(results: dict[str, Any]) -> str:
+    """Markdown: for each measure a table of the variants and one of the pairs."""
+    lines = []
+    for measure, figures in results["measures"].items():
+        digits = 3 if "loss" in measure else 1
+
+        def number(value, half, sign="", digits=digits):
+            return f"{value:{sign}.{digits}f}" + (f" ± {half:.{digits}f}" if half is not None else "")
+
+        heading = f"{measure}, {results['tokens'] / 1e6:.2f}M tokens, {len(results['seeds'])} seeds"
+        columns = ("parameters (M)", "MFLOP a token", "learning rate", "mean ± standard error")
+        columns = (heading, *columns, "minus none, 95% interval", "gap closed")
+        lines += ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+        for name, own in figures["variants"].items():
+            variant, difference = results["variants"][name], own["minus_none"]
+            cells = (
+                f"{variant['parameters'] / 1e6:.3f}",
+                f"{variant['flops_per_token'] / 1e6:.2f}",
+                f"{variant['learning_rate']:g}" + (" (edge)" if variant["at_edge_of_sweep"] else ""),
+                number(own["mean"], own["standard_error"]),
+                "" if difference is None or name == "none" else number(*difference.values(), "+"),
+                "" if own["gap_closed"] is None or name == "none" else f"{own['gap_closed']:.0%}",
+            )
+            lines.append("| " + " | ".join((name, *cells)) + " |")
+        if figures["pairs"]:
+            lines += ["", "| pair | difference, 95% interval |", "|---|---|"]
+            lines += [f"| {pair} | {number(*found.values(), '+')} |" for pair, found in figures["pairs"].items()]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def draw_results(results: dict[str, Any]) -> list[Callable]:
+    """Panels: loss over tokens for each source, each measure over the parameters."""
+
+    def over_tokens(source):
+        def panel(axes):
+            for name, variant in results["variants"].items():
+                tokens, losses = zip(*variant["curves"][source], strict=True)
+                axes.plot([count / 1e6 for count in tokens], losses, marker=".", label=name)
+            axes.set(title=f"loss, {source}", xlabel="tokens (M)", ylabel="nats")
+            axes.legend(fontsize="x-small")
+
+        return panel
+
+    def over_parameters(measure, figures):
+        def panel(axes):
+            for name, own in figures["variants"].items():
+                size = results["variants"][name]["parameters"] / 1e6
+                axes.errorbar(size, own["mean"], own["standard_error"], marker="o", capsize=3, label=name)
+            axes.set(title=measure, xlabel="parameters (M)")
+            axes.legend(fontsize="x-small")
+
+        return panel
+
+    sources = next(iter(results["variants"].values()))["curves"]
+    panels = [over_tokens(source) for source in sources]
+    return panels + [over_parameters(*item) for item in results["measures"].items()]
+
+
+def draw_usage(args: Namespace) -> list[Callable]:
+    """Panels: share of choices of each expert over depth, for each routed variant and group, first seed."""
+
+    def titled(draw, title):
+        return lambda axes: (draw(axes), axes.set_title(title))
+
+    panels = []
+    for name in args.variants:
+        folder = best_run(args, name, args.seeds[0])
+        if ModernAlbertConfig.from_pretrained(folder).has_router:
+            batches = read_batches(args.validation_data, load_tokenizer(folder), LENGTH, USAGE_TOKENS)
+            routing = describe_routing(ModernAlbertModel.from_pretrained(folder), batches)
+            panels += [titled(draw_group(facts)[0], f"{name}, group {g}") for g, facts in routing["groups"].items()]
+    return panels
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--train_data", nargs="+", required=True)
+    parser.add_argument("--validation_data", nargs="+", required=True)
+    parser.add_argument("--tasks", help="JSON file, see above")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/benchmark-ablation"))
+    parser.add_argument("--preset", choices=PRESETS, default="nano", help="shape, of which the variants differ")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=[v for v in VARIANTS if v not in OPTIONAL])
+    parser.add_argument("--steps", type=int, default=1000, help="of each run, of 8 rows x 128 tokens")
+    parser.add_argument("--learning_rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--max_eval_samples", type=int, default=256)
+    parser.add_argument("--epochs", type=int, default=3, help="of fine-tuning")
+    parser.add_argument("--train_rows", type=int, default=4000, help="of each task")
+    parser.add_argument("--validation_examples", type=int, default=2000, help="of each task")
+    parser.add_argument("--processes", type=int, default=2, help="runs at a time, one thread each")
+    args = parser.parse_args(argv)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    train_tokenizer(args)
+    run_all(args, train, [(name, rate, args.seeds[0]) for name in args.variants for rate in args.learning_rates])
+    rates = {name: next(iter(sweep(args, name))) for name in args.variants}
+    run_all(args, train, [(name, rates[name], seed) for seed in args.seeds[1:] for name in args.variants])
+    tasks = json.loads(Path(args.tasks).read_text()) if args.tasks else {}
+    for name, task in tasks.items():
+        folder = args.output_dir / f"task-{name}"
+        folder.mkdir(exist_ok=True)
+        write_text(folder / "task.json", json.dumps(cut(task, folder, args)))
+    run_all(args, tune, [(name, seed, task) for task in tasks for seed in args.seeds for name in args.variants])
+
+    results = collect(args, list(tasks))
+    write_text(args.output_dir / "ablation.json", json.dumps(results, indent=1))
+    write_text(args.output_dir / "ablation.md", tabulate(results))
+    write_text(args.output_dir / "ablation.svg", draw_panels(draw_results(results)))
+    if panels := draw_usage(args):
+        write_text(args.output_dir / "ablation-usage.svg", draw_panels(panels))
+    print(tabulate(results))
+
+
+if __name__ == "__main__":
+    main()

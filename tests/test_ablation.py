@@ -1,0 +1,195 @@
+"""The ablation study: its variants, its figures from made-up runs, and the whole of it at two steps a run."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+import modernalbert
+from modernalbert import ModernAlbertConfig
+
+
+BENCHMARKS = Path(modernalbert.__file__).parent / "benchmarks"
+SEEDS, RATES = [0, 1, 2], [0.001, 0.002, 0.004]
+# By variant, at its best rate: nats of three seeds, and accuracies on a task.
+LOSSES = {
+    "unshared": [3.3, 3.5, 3.1],
+    "none": [4.0, 4.2, 4.1],
+    "moa": [3.8, 4.0, 3.9],
+    "mol": [3.6, 3.9, 3.6],
+    "moa-matched": [3.7, 4.0, 3.7],
+}
+SCORES = {
+    "unshared": [0.80, 0.82, 0.84],
+    "none": [0.82, 0.83, 0.84],
+    "moa": [0.82, 0.83, 0.84],
+    "mol": [0.84, 0.85, 0.86],
+    "moa-matched": [0.82, 0.83, 0.84],
+}
+T = 4.302653  # 97.5% quantile of Student's t with 2 degrees of freedom
+
+
+@pytest.fixture(scope="module")
+def ablation():
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        spec = importlib.util.spec_from_file_location("ablation", BENCHMARKS / "ablation.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.mark.parametrize("preset", modernalbert.configuration_modernalbert.PRESETS)
+def test_variants_differ_in_what_they_are_about(ablation, preset):
+    sizes = {"vocab_size": 8192, "pad_token_id": None}
+    base = ModernAlbertConfig.preset(preset, **sizes)
+    fields = {name: ablation.overrides(name, preset, 8192) for name in ablation.VARIANTS}
+    configs = {name: ModernAlbertConfig.preset(preset, **sizes, **own) for name, own in fields.items()}
+    mol = configs["mol"]
+    assert mol.to_dict() == base.to_dict()
+    for name, config in configs.items():
+        kind, _, suffix = name.partition("-")
+        assert config.modulation == {"unshared": "none"}.get(kind, kind)
+        assert config.num_hidden_layers == base.num_hidden_layers
+        if kind == "mol":
+            assert config.router_type == (suffix or "top_k")
+        else:
+            assert not suffix or suffix == "matched"
+    for name in ("none-matched", "depth_lora-matched", "moa-matched"):
+        assert abs(configs[name].num_parameters() - mol.num_parameters()) <= 0.02 * mol.num_parameters()
+    unshared, none = configs["unshared"], configs["none"]
+    assert unshared.num_hidden_groups == none.num_hidden_layers and unshared.layers_per_group == 1
+    assert unshared.estimate_flops(128) == none.estimate_flops(128)  # equal widths, layer by layer
+    assert unshared.num_parameters() > mol.num_parameters() > none.num_parameters()
+
+
+@pytest.fixture
+def args(tmp_path):
+    return Namespace(output_dir=tmp_path, variants=list(LOSSES), steps=1000, learning_rates=RATES, seeds=SEEDS)
+
+
+@pytest.fixture
+def finished(ablation, args):
+    """Folders of runs that have ended: at the best rate with all seeds, at the others with the first."""
+    for name, losses in LOSSES.items():
+        config = ModernAlbertConfig.preset("nano", **ablation.overrides(name, "nano", 8192))
+        best = 0.004 if name == "none" else 0.002
+        runs = [(best, seed, loss) for seed, loss in zip(SEEDS, losses, strict=True)]
+        runs += [(rate, 0, losses[0] + 1 if rate > 0.001 else float("nan")) for rate in RATES if rate != best]
+        for rate, seed, loss in runs:
+            folder = ablation.run_folder(args, name, rate, seed)
+            (folder / "checkpoint-1000").mkdir(parents=True)
+            config.save_pretrained(folder)
+            log = [{"step": 0, "eval_loss": 9.0}, {"step": 500, "loss": 1.0}, {"step": 1000, "eval_loss": loss}]
+            (folder / "checkpoint-1000" / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+            (folder / "results.json").write_text(json.dumps({"eval_loss_start": 9.0, "eval_loss": loss}))
+        for seed, score in enumerate(SCORES[name]):
+            folder = ablation.best_run(args, name, seed, "sst2")
+            folder.mkdir()
+            (folder / "results.json").write_text(json.dumps({"accuracy": score}))
+
+
+def test_figures_of_the_runs(ablation, args, finished):
+    results = ablation.collect(args, ["sst2"])
+    assert results["tokens"] == 1_024_000 and list(results["measures"]) == ["masked-LM loss, validation", "sst2"]
+    losses = results["measures"]["masked-LM loss, validation"]
+    assert losses["values"] == LOSSES
+    close = pytest.approx
+    assert losses["variants"]["mol"] == {
+        "mean": close(3.7),
+        "standard_error": close(0.1),  # deviation of 3.6, 3.9, 3.6: sqrt(0.03)
+        "minus_none": {"mean": close(-0.4), "half_width": close(T * 0.1 / 3**0.5, rel=1e-6)},
+        "gap_closed": close(0.5),
+    }
+    gaps = {name: own["gap_closed"] for name, own in losses["variants"].items()}
+    assert gaps == close({"unshared": 1, "none": 0, "moa": 0.25, "mol": 0.5, "moa-matched": 0.375})
+    assert losses["variants"]["none"]["minus_none"] == {"mean": 0, "half_width": 0}
+    assert list(losses["pairs"]) == ["mol - none", "mol - moa", "mol - moa-matched"]
+    assert losses["pairs"]["mol - moa"] == {"mean": close(-0.2), "half_width": close(T * 0.1 / 3**0.5, rel=1e-6)}
+
+    scores = results["measures"]["sst2"]
+    assert scores["values"]["mol"] == close([84, 85, 86])
+    assert scores["variants"]["mol"]["minus_none"] == {"mean": close(2), "half_width": close(0, abs=1e-9)}
+    assert {own["gap_closed"] for own in scores["variants"].values()} == {None}  # unshared is worse than none
+
+    mol, none = results["variants"]["mol"], results["variants"]["none"]
+    config = ModernAlbertConfig.preset("nano", **ablation.overrides("mol", "nano", 8192))
+    assert (mol["parameters"], mol["flops_per_token"]) == (config.num_parameters(), config.estimate_flops(128, 0.3))
+    assert (mol["learning_rate"], mol["at_edge_of_sweep"]) == (0.002, False)
+    assert (none["learning_rate"], none["at_edge_of_sweep"]) == (0.004, True)
+    assert mol["sweep"] == {"0.002": 3.6, "0.004": 4.6, "0.001": None}
+    assert mol["curves"] == {"validation": [(0, 9.0), (1_024_000, close(3.7))]}
+
+
+def test_tables_and_plots(ablation, args, finished):
+    results = ablation.collect(args, ["sst2"])
+    text = ablation.tabulate(results)
+    assert "masked-LM loss, validation, 1.02M tokens, 3 seeds" in text
+    rows = {line.split(" | ")[0].strip("| "): line.split(" | ")[3:] for line in text.splitlines()[:8]}
+    assert rows["mol"] == ["0.002", "3.700 ± 0.100", "-0.400 ± 0.248", "50% |"]
+    assert rows["none"] == ["0.004 (edge)", "4.100 ± 0.058", "", " |"]
+    assert "| mol - moa | -0.200 ± 0.248 |" in text and "| mol - none | +2.0 ± 0.0 |" in text
+    for block in text.strip().split("\n\n"):
+        assert len({line.count("|") for line in block.splitlines()}) == 1
+    svg = ablation.draw_panels(ablation.draw_results(results))
+    assert {"loss, validation", "masked-LM loss, validation", "sst2"} <= {
+        part.split("<")[0] for part in svg.split(">") if part.split("<")[0]
+    }
+
+
+def test_one_seed_has_no_interval(ablation, args, finished):
+    args.seeds, args.variants = [0], ["mol", "moa"]
+    losses = ablation.collect(args, [])["measures"]["masked-LM loss, validation"]
+    nothing = {"standard_error": None, "minus_none": None, "gap_closed": None}
+    assert losses["variants"]["mol"] == {"mean": 3.6, **nothing}
+    assert losses["pairs"] == {"mol - moa": {"mean": pytest.approx(-0.2), "half_width": None}}
+    assert "| mol - moa | -0.200 |" in ablation.tabulate(ablation.collect(args, []))
+
+
+def test_a_failed_job_ends_the_study(ablation):
+    done = []
+
+    def job(args, number):
+        if number == 1:
+            raise RuntimeError("run 1 failed")
+        done.append(number)
+        time.sleep(0.02)
+
+    with pytest.raises(RuntimeError, match="run 1 failed"):
+        ablation.run_all(Namespace(processes=1), job, [(number,) for number in range(50)])
+    assert len(done) < 49
+
+
+@pytest.mark.slow
+def test_the_whole_study(ablation, tmp_path, monkeypatch):
+    texts = [{"text": f"Sentence number {n} says that {n} times {n} is {n * n}.", "label": n % 2} for n in range(150)]
+    data = tmp_path / "texts.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in texts))
+    task = {"train_files": [str(data)], "validation_files": [str(data)], "text_columns": ["text"]}
+    (tmp_path / "tasks.json").write_text(json.dumps({"parity": task}))
+    folder = tmp_path / "out"
+    command = ["--train_data", str(data), "--validation_data", str(data), "--tasks", str(tmp_path / "tasks.json")]
+    command += ["--output_dir", str(folder), "--variants", "mol", "--steps", "2", "--seeds", "0", "1"]
+    command += ["--learning_rates", "1e-3", "--max_eval_samples", "4", "--epochs", "1", "--train_rows", "32"]
+    command += ["--validation_examples", "16", "--processes", "1"]
+    ablation.main(command)
+    results = json.loads((folder / "ablation.json").read_text())
+    assert results["tokens"] == 2048 and list(results["measures"]) == ["masked-LM loss, validation", "parity"]
+    assert all(len(figures["values"]["mol"]) == 2 for figures in results["measures"].values())
+    assert len(results["variants"]["mol"]["curves"]["validation"]) == 3  # at the start and after each step
+    assert {"ablation.md", "ablation.svg", "ablation-usage.svg"} <= {path.name for path in folder.iterdir()}
+    assert "mol, group 1" in (folder / "ablation-usage.svg").read_text()
+
+    def refuse(*arguments, **named):
+        raise AssertionError("a run that has ended was repeated")
+
+    monkeypatch.setattr(subprocess, "run", refuse)
+    ablation.main(command)
+    assert json.loads((folder / "ablation.json").read_text()) == results
