@@ -15,6 +15,7 @@ A job that has ended is not repeated. Writes `merging.json` and a Markdown table
 import copy
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -109,7 +110,7 @@ def fine_tune(args: Namespace, model: str | Path, task: dict, output_dir: Path, 
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr[-3000:]}")
-    return next(iter(json.loads((output_dir / "results.json").read_text()).values()))
+    return next(iter(json.loads((output_dir / "results.json").read_text())["scores"].values()))
 
 
 def cut(task: dict, folder: Path, args: Namespace) -> dict:
@@ -160,6 +161,7 @@ def task_scores(args: Namespace, folder: str, task: dict, output_dir: Path, seed
         start = output_dir / "merged"
         merged.save_pretrained(start)
         tokenizer.save_pretrained(start)
+        shutil.rmtree(output_dir / "tuned", ignore_errors=True)  # of another method
         fine_tune(args, start, task, output_dir / "tuned", seed)
         tuned = AutoModelForSequenceClassification.from_pretrained(output_dir / "tuned").eval()
         before[name] = evaluate(tuned, validation, labels, regression)

@@ -162,7 +162,7 @@ def test_fine_tuning_merging_and_export(pretrained, tmp_path):
     config = AutoModelForSequenceClassification.from_pretrained(merged).config
     assert config.num_experts == 0 and not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
     evaluation = ["--model_name_or_path", merged, "--output_dir", str(tmp_path / "evaluated")]
-    assert 0 <= run_glue.main([*evaluation, *task])["accuracy"] <= 1
+    assert 0 <= run_glue.main([*evaluation, *task])["scores"]["accuracy"] <= 1
 
     with pytest.raises(FileExistsError, match="exists and is not empty"):
         merge_experts.main(["--model_name_or_path", model, "--output_dir", merged])
