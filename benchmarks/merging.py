@@ -29,7 +29,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from modernalbert import ModernAlbertForMaskedLM
 from modernalbert.training.checkpoints import write_text
 from modernalbert.training.data import PackedCollator, TokenMasker, load_files, load_texts, mask_rows, pack_texts
-from modernalbert.training.metrics import compute_metrics
+from modernalbert.training.merging import evaluate
 
 
 FULL = 1_000_000  # more than any matrix has: no limit to the rank
@@ -65,7 +65,6 @@ def packed_batches(args: Namespace, tokenizer, sources: list[str], rows: int, ma
     ]
 
 
-@torch.no_grad()
 def masked_lm_losses(args: Namespace, folder: str) -> dict[str, float]:
     """Nats for each masked token, of the routed model and of every merge."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -76,11 +75,7 @@ def masked_lm_losses(args: Namespace, folder: str) -> dict[str, float]:
     for name in ("routed", *METHODS):
         model = merge(routed, name, calibration)
         model.config.sparse_prediction = True
-        total = count = 0
-        for batch in validation:
-            labelled = int((batch["labels"] != -100).sum())
-            total, count = total + labelled * model(**batch).loss.item(), count + labelled
-        losses[name] = total / count
+        losses[name] = evaluate(model, validation)["loss"]
     return losses
 
 
@@ -124,37 +119,32 @@ def cut(task: dict, folder: Path, args: Namespace) -> dict:
     return cut
 
 
-@torch.no_grad()
-def evaluate(model: PreTrainedModel, batches: list[dict], labels: list, regression: bool) -> float:
-    logits = torch.cat([model(**batch).logits for batch in batches])
-    return compute_metrics(("pearson",) if regression else ("accuracy",), logits.numpy(), labels).popitem()[1]
-
-
 def task_scores(args: Namespace, folder: str, task: dict, output_dir: Path, seed: int) -> dict[str, dict[str, float]]:
     """Scores by order and method. `output_dir` holds what the job writes."""
     output_dir.mkdir(parents=True, exist_ok=True)
     task = cut(task, output_dir, args)
     tokenizer = AutoTokenizer.from_pretrained(folder)
 
-    def encode(files: list[str], limit: int | None) -> tuple[list[dict], list]:
+    def encode(files: list[str], limit: int | None) -> list[dict]:
         rows = load_files(files)
         rows = rows.select(range(min(limit or len(rows), len(rows))))
-        columns = [list(rows[column]) for column in task["text_columns"]]
         batches = []
-        for start in range(0, len(rows), 64):
-            texts = [column[start : start + 64] for column in columns]
-            batches.append(tokenizer(*texts, truncation=True, max_length=96, padding=True, return_tensors="pt"))
-        return [dict(batch) for batch in batches], list(rows[task.get("label_column", "label")])
+        for part in rows.batch(64):
+            texts = (part[column] for column in task["text_columns"])
+            batch = tokenizer(*texts, truncation=True, max_length=96, padding=True, return_tensors="pt")
+            batches.append({**batch, "labels": torch.tensor(part[task.get("label_column", "label")])})
+        return batches
 
-    calibration, _ = encode(task["train_files"], 512)
-    validation, labels = encode(task["validation_files"], None)
-    regression = isinstance(labels[0], float)
+    calibration = encode(task["train_files"], 512)
+    validation = encode(task["validation_files"], None)
+    metrics = ("pearson",) if validation[0]["labels"].is_floating_point() else ("accuracy",)
+
+    def score(model: PreTrainedModel) -> float:
+        return evaluate(model, validation, metrics)[metrics[0]]
+
     fine_tune(args, folder, task, output_dir / "routed", seed)
     routed = AutoModelForSequenceClassification.from_pretrained(output_dir / "routed").eval()
-    after = {
-        name: evaluate(merge(routed, name, calibration), validation, labels, regression)
-        for name in ("routed", *METHODS)
-    }
+    after = {name: score(merge(routed, name, calibration)) for name in ("routed", *METHODS)}
     before = {"routed": after["routed"]}
     for name in BEFORE:
         merged = merge(ModernAlbertForMaskedLM.from_pretrained(folder), name, calibration)
@@ -164,7 +154,7 @@ def task_scores(args: Namespace, folder: str, task: dict, output_dir: Path, seed
         shutil.rmtree(output_dir / "tuned", ignore_errors=True)  # of another method
         fine_tune(args, start, task, output_dir / "tuned", seed)
         tuned = AutoModelForSequenceClassification.from_pretrained(output_dir / "tuned").eval()
-        before[name] = evaluate(tuned, validation, labels, regression)
+        before[name] = score(tuned)
     return {"fine-tune, then merge": after, "merge, then fine-tune": before}
 
 

@@ -92,7 +92,8 @@ def read_curve(folder: Path) -> dict[str, list[tuple[int, float]]]:
     for entry in log:
         for name, value in entry.items():
             if name.startswith("eval_") and name.endswith("loss"):
-                curves.setdefault(name.removeprefix("eval_"), []).append((entry["step"] * 8 * 128, value))
+                source = name.removeprefix("eval_").removesuffix("loss").strip("_") or "validation"
+                curves.setdefault(source, []).append((entry["step"] * 8 * 128, value))
     return curves
 
 

@@ -29,18 +29,22 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProgressCallback,
+    SchedulerType,
+    TrainerState,
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 
 from modernalbert import ModernAlbertConfig, ModernAlbertForMaskedLM
 from modernalbert.tokenization import load_tokenizer, padded_vocab_size, save_tokenizer
 from modernalbert.training.arguments import parse_arguments
 from modernalbert.training.callbacks import ConciseProgress, ReportWriter, RoutingFrequencies, StopOnSignal
-from modernalbert.training.cards import PretrainingFacts, environment, write_card
+from modernalbert.training.cards import PretrainingFacts, clean, environment, write_card
 from modernalbert.training.checkpoints import (
     RESULTS_NAME,
     check_output_dir,
+    is_complete,
     last_checkpoint,
     same_run,
     write_files,
@@ -285,7 +289,13 @@ def main(argv: Sequence[str] | None = None) -> dict:
         trainer.add_callback(ConciseProgress())
 
     try:
-        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        if checkpoint is not None and is_complete(
+            checkpoint, training_args.max_steps
+        ):  # Trainer would take one step more
+            trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+            trainer._load_from_checkpoint(str(checkpoint))
+        else:
+            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     except BaseException:
         if training_args.should_save and (checkpoint := last_checkpoint(training_args.output_dir)) is not None:
             logger.error("training broke off; the same command goes on from '%s'", checkpoint.name)
@@ -324,12 +334,13 @@ def just_evaluated(trainer: PretrainingTrainer) -> bool:
 def describe(args: PretrainingArguments, training_args: TrainingArguments, model: PreTrainedModel) -> dict[str, str]:
     """What a report says of a run, beside its curves."""
     rows = training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size
+    start = clean(args.preset or args.model_name_or_path or args.config_name)
     return {
-        "model": f"{args.preset or args.model_name_or_path or args.config_name}, {model.num_parameters():,} parameters",
-        "texts": ", ".join(args.train_data),
+        "model": f"{start}, {model.num_parameters():,} parameters",
+        "texts": ", ".join(clean(args.train_data)),
         "step": f"{rows} rows of {args.max_length} tokens, {args.mlm_probability:.0%} masked",
-        "teacher": args.teacher or "none",
-        "learning rate": f"{training_args.learning_rate:g}, {training_args.lr_scheduler_type}",
+        "teacher": clean(args.teacher) or "none",
+        "learning rate": f"{training_args.learning_rate:g}, {SchedulerType(training_args.lr_scheduler_type).value}",
         **environment(),
     }
 

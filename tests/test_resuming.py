@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,6 +104,18 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(texts, uninterrupted, tmp_p
     weights, expected = (load_file(folder / "model.safetensors") for folder in (tmp_path, uninterrupted))
     assert_close(weights, expected, rtol=0, atol=0)
     assert json.loads((tmp_path / "results.json").read_text())["tokens"] == 12 * 8 * 32
+
+
+def test_a_run_killed_after_its_last_step_takes_no_further_one(texts, uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    for name in ("results.json", "model.safetensors"):
+        (tmp_path / "run" / name).unlink()
+    result = run(texts, tmp_path / "run")
+    assert result.returncode == 0, result.stderr
+    weights, expected = (load_file(folder / "model.safetensors") for folder in (tmp_path / "run", uninterrupted))
+    assert_close(weights, expected, rtol=0, atol=0)
+    before, after = (json.loads((folder / "results.json").read_text()) for folder in (uninterrupted, tmp_path / "run"))
+    assert after == before
 
 
 def test_a_full_disk_costs_no_checkpoint(texts, uninterrupted, tmp_path):

@@ -70,6 +70,12 @@ def last_checkpoint(folder: str | Path) -> Path | None:
     return max(complete)[1] if complete else None
 
 
+def is_complete(checkpoint: Path, max_steps: int) -> bool:
+    """Whether a checkpoint is of the last step: of `max_steps`, or where these are not given, of the run that wrote it."""
+    state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+    return state["global_step"] >= (max_steps if max_steps > 0 else state["max_steps"])
+
+
 def same_run(folder: str | Path, arguments: dict) -> None:
     """Keeps what a run was started with, and sees that it is resumed with the same.
 

@@ -274,12 +274,13 @@ class PackedCollator:
         def pad(name, value):
             return torch.tensor([row[name] + [value] * (length - len(row[name])) for row in rows])
 
+        places = torch.arange(length)
         lengths = torch.tensor([len(row["input_ids"]) for row in rows])
         batch = {
             "input_ids": pad("input_ids", self.pad_token_id),
-            "attention_mask": (torch.arange(length) < lengths[:, None]).long(),
+            "attention_mask": (places < lengths[:, None]).long(),
         }
-        places = torch.arange(batch["input_ids"].shape[1])  # [CLS] is special, so that it is never masked
+        # [CLS] is special, so that it is never masked.
         starts = torch.where(batch["input_ids"] == self.cls_token_id, places, 0).cummax(dim=1).values
         batch["position_ids"] = places - starts
         if "labels" in rows[0]:

@@ -1,8 +1,6 @@
 """An ONNX model with its configuration and tokenizer; compared with PyTorch in onnxruntime, whole or not at all."""
 
 import json
-import os
-import shutil
 import tempfile
 import warnings
 from pathlib import Path
@@ -15,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..tokenization import save_tokenizer
 from .checkpoints import write_text
-from .export import new_folder
+from .export import draft_folder
 
 
 try:
@@ -85,9 +83,7 @@ def export_onnx(
         )
     if model.dtype != torch.float32:
         raise ValueError(f"the model is in {model.dtype}, expected torch.float32; load it with `dtype='float32'`")
-    folder = new_folder(folder)
-    draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    try:
+    with draft_folder(folder) as draft:
         write_onnx(model, draft / "model.onnx", opset)
         differences = {"model.onnx": compare(model, draft / "model.onnx")}
         difference, scale = differences["model.onnx"]
@@ -102,12 +98,6 @@ def export_onnx(
         settings.pop("auto_map")
         write_text(draft / "config.json", json.dumps(settings, indent=2))
         save_tokenizer(tokenizer, draft)
-        os.chmod(draft, 0o755)
-        if folder.exists():
-            folder.rmdir()
-        os.replace(draft, folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return differences
 
 
