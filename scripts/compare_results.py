@@ -2,10 +2,10 @@
 
     python scripts/compare_results.py runs/tiny-glue runs/tiny-squad runs/bert-glue --output_dir runs/comparison
 
-A folder counts as the run it holds, or else as all runs directly below it. A row is a model, with the baselines that were
-scored beside it; a second run of a model on the same task has a row of its own. A column is the main score of a task.
-`comparison.png` plots quality, the mean over the tasks that all rows have, against parameters, and where runs were timed
-on the same tasks and hardware against the time of a row of text.
+A folder counts as the run it holds, or else as all runs directly below it. A row is a model, by the name of its folder or
+on the Hub; then come the baselines that were scored beside them. A second run of a model on the same task has a row of
+its own. A column is the main score of a task. `comparison.png` plots quality, the mean over the tasks that all models have,
+against parameters, and where all were timed on the same hardware in batches of the same size, against time.
 """
 
 import json
@@ -24,7 +24,7 @@ from modernalbert.training.finetuning import format_markdown, format_score
 
 logger = logging.getLogger(__name__)
 
-FIELDS = ("task", "model", "parameters", "scores", "details", "environment")
+FIELDS = ("task", "model", "parameters", "scores", "settings", "details", "environment")
 
 
 def read_results(folder: str | Path) -> list[tuple[str, dict[str, Any]]]:
@@ -52,45 +52,52 @@ def read_results(folder: str | Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def collect(runs: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """Rows by their name.
+    """Rows by their name: those of models, then those of baselines.
 
     Returns:
-        For each its `scores`, pairs `(value, std or None)` by their column; `parameters`, None for a baseline;
-        `milliseconds` for a row of text, and the hardware and tasks where they were `measured`.
+        For each its `scores`, pairs `(value, std or None)` by their column; `parameters`, None for a baseline; and
+        `times`, milliseconds for a row of text, the batch size and the hardware, by column where they were measured.
     """
     rows = {}
 
-    def add(name: str, folder: str, results: dict, scores: dict[str, float], parameters: int | None) -> None:
-        std = results["details"].get("std", {}) if parameters else {}
-        if results["task"] == "glue":  # one column a task
-            cells = {column.replace("mean", "GLUE mean"): (value, std.get(column)) for column, value in scores.items()}
-        else:
-            main = next(iter(scores))
-            cells = {results["task"]: (scores[main], std.get(main))}
-        if rows.get(name, {}).get("scores", {}).keys() & cells.keys():
-            if not parameters:  # the same baseline, beside another model
-                return
+    def add(name: str, folder: str, results: dict, prefix: str = "") -> None:
+        """Of a model (`prefix` "") or its merged form ("merged_")."""
+        details, batch = results["details"], results["details"].get("eval_batch_size")
+        own = {
+            score.removeprefix(prefix): (value, details.get("std", {}).get(score))
+            for score, value in results["scores"].items()
+            if score.startswith("merged_") == bool(prefix)
+        }
+        if not own:
+            return
+        cells = to_cells(results, own)
+        if rows.get(name, {"scores": {}})["scores"].keys() & cells.keys():
             name = f"{name} ({folder})"
-        row = rows.setdefault(name, {"scores": {}, "parameters": parameters, "milliseconds": None, "measured": None})
+        row = rows.setdefault(name, {"scores": {}, "parameters": None, "times": {}})
         row["scores"] |= cells
-        if parameters and "milliseconds_per_row" in results["details"]:
-            row["milliseconds"] = results["details"]["milliseconds_per_row"]
-            row["measured"] = results["environment"]["hardware"], *sorted(cells)
+        row["parameters"] = details["merged_parameters"] if prefix else results["parameters"]
+        for column, facts in details.get("tasks", {results["task"]: details}).items():
+            if (time := facts.get(f"{prefix}milliseconds_per_row")) is not None:
+                row["times"][column] = time, batch, results["environment"]["hardware"]
 
     for folder, results in runs:
-        merged = {
-            name.removeprefix("merged_"): value for name, value in results["scores"].items() if "merged_" in name
-        }
-        scores = {name: value for name, value in results["scores"].items() if "merged_" not in name}
-        add(results["model"], folder, results, scores, results["parameters"])
-        if merged:
-            parameters = results["details"]["merged_parameters"]
-            milliseconds = results["details"].get("merged_milliseconds_per_row")
-            details = {"milliseconds_per_row": milliseconds}
-            add(f"{results['model']}, merged", folder, {**results, "details": details}, merged, parameters)
+        name = results["model"] + (", LoRA" if results["settings"].get("peft") else "")
+        add(name, folder, results)
+        add(f"{name}, merged", folder, results, "merged_")
+    for _, results in runs:  # the same beside every model: the first of each task stands
         for name, figures in results["details"].get("baselines", {}).items():
-            add(name, folder, results, figures, None)
+            row = rows.setdefault(name, {"scores": {}, "parameters": None, "times": {}})
+            row["scores"] = (
+                to_cells(results, {score: (value, None) for score, value in figures.items()}) | row["scores"]
+            )
     return rows
+
+
+def to_cells(results: dict[str, Any], scores: dict[str, tuple]) -> dict[str, tuple]:
+    """Scores by their column: one a task, with its main score."""
+    if results["task"] == "glue":
+        return {"GLUE mean" if column == "mean" else column: value for column, value in scores.items()}
+    return {results["task"]: next(iter(scores.values()))}
 
 
 def tabulate(rows: dict[str, dict[str, Any]]) -> str:
@@ -109,23 +116,28 @@ def tabulate(rows: dict[str, dict[str, Any]]) -> str:
 
 
 def plot(rows: dict[str, dict[str, Any]]) -> Figure | None:
-    """Quality against parameters and, where two rows have it, against time; None where rows have no task in common."""
+    """Quality against parameters and, where all models were timed alike, time; None where they share no task."""
     models = {name: row for name, row in rows.items() if row["parameters"]}
-    shared = set.intersection(*(set(row["scores"]) for row in models.values())) - {"GLUE mean"}
+    shared = sorted(set.intersection(*(set(row["scores"]) for row in models.values())) - {"GLUE mean"})
     if not shared:
         return None
-    panels = [("parameters", "parameters in millions", 1e-6)]
-    timed = [row for row in models.values() if row["milliseconds"] is not None]
-    if len(timed) > 1 and len({row["measured"] for row in timed}) == 1:
-        panels.append(("milliseconds", f"milliseconds a row of text, {timed[0]['measured'][0]}", 1))
+    quality = [100 * statistics.mean(row["scores"][column][0] for column in shared) for row in models.values()]
+    panels = {"parameters in millions": [row["parameters"] / 1e6 for row in models.values()]}
+    timed = [
+        column
+        for column in shared
+        if len({row["times"].get(column, (None, None, name))[1:] for name, row in models.items()}) == 1
+    ]
+    if timed and len(models) > 1:
+        (_, batch, hardware), *_ = (row["times"][timed[0]] for row in models.values())
+        label = f"milliseconds a row of {', '.join(timed)}\n{hardware}, batches of {batch}"
+        panels[label] = [statistics.mean(row["times"][column][0] for column in timed) for row in models.values()]
     figure = Figure(figsize=(6 * len(panels), 4.5), layout="constrained")
-    for axes, (field, label, scale) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for name, row in models.items():
-            if row[field] is not None:
-                point = scale * row[field], 100 * statistics.mean(row["scores"][column][0] for column in shared)
-                axes.scatter(*point)
-                axes.annotate(name, point, xytext=(4, 4), textcoords="offset points")
-        axes.set(xscale="log", xlabel=label, ylabel=f"mean of {', '.join(sorted(shared))}")
+    for axes, (label, values) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for name, *point in zip(models, values, quality, strict=True):
+            axes.scatter(*point)
+            axes.annotate(name, point, xytext=(4, 4), textcoords="offset points")
+        axes.set(xscale="log", xlabel=label, ylabel=f"mean of {', '.join(shared)}")
         axes.margins(0.2)
     return figure
 

@@ -7,7 +7,7 @@ Zero-shot, with BM25 beside it, on any data set of the Hub in BEIR's layout:
 
 Training with in-batch negatives and two mined ones for each query, on a folder with corpus, queries and qrels; on a CPU:
 
-    python scripts/run_beir.py --model_name_or_path runs/nano --dataset shared/data/beir/scifact --do_train \
+    python scripts/run_beir.py --model_name_or_path runs/nano --dataset data/scifact --do_train \
         --num_negatives 2 --max_seq_length 128 --max_steps 50 --learning_rate 1e-4 --output_dir runs/scifact
 
 The same command goes on where it was stopped, in training as in encoding. `model` in the output folder is what
@@ -20,15 +20,15 @@ into an index as they are, in order: `index.add(load_file(shard)["embeddings"].n
 """
 
 import copy
+import json
 import logging
 import shutil
-from collections import defaultdict
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from datasets import Dataset
 from sentence_transformers import (
     SentenceTransformer,
@@ -36,7 +36,7 @@ from sentence_transformers import (
     SentenceTransformerTrainingArguments,
 )
 from sentence_transformers.util import mine_hard_negatives
-from transformers import PreTrainedModel, set_seed
+from transformers import set_seed
 
 
 try:
@@ -50,11 +50,12 @@ except ImportError:  # sentence-transformers 5
 import modernalbert  # noqa: F401  (registers the Auto classes)
 from modernalbert.merging_modernalbert import METHODS
 from modernalbert.training.arguments import parse_arguments
-from modernalbert.training.checkpoints import check_output_dir, last_checkpoint, same_run, write_files
+from modernalbert.training.cards import write_finetuned_cards
+from modernalbert.training.checkpoints import RESULTS_NAME, last_checkpoint, write_files, write_text
 from modernalbert.training.export import draft_folder
-from modernalbert.training.results import write_results
+from modernalbert.training.finetuning import train_to_the_end, write_tokenizer
+from modernalbert.training.results import describe_model, read_finished, summarise, write_results
 from modernalbert.training.retrieval import (
-    MEASURES,
     RetrievalSet,
     evaluate_bm25,
     evaluate_model,
@@ -71,7 +72,8 @@ DEFAULTS = {"batch_sampler": "no_duplicates", "warmup_steps": 0.1, "logging_step
 
 SETTINGS = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "weight_decay", "warmup_steps"),
-    *("lr_scheduler_type", "max_steps", "num_train_epochs", "batch_sampler", "bf16", "fp16"),
+    *("lr_scheduler_type", "max_steps", "num_train_epochs", "batch_sampler", "bf16", "fp16", "optim", "adam_beta1"),
+    *("adam_beta2", "adam_epsilon", "max_grad_norm"),
 )
 
 # "ema" needs what a router did in training, "cluster" leaves experts.
@@ -79,6 +81,7 @@ MERGING = [name for name, (_, source) in METHODS.items() if source != "given" an
 PAIRS_NAME = "pairs.parquet"
 CALIBRATION_ROWS = 256
 MAIN = "ndcg_at_10"
+QUERIES = f"{MAIN} of queries"
 
 
 @dataclass
@@ -138,6 +141,8 @@ def check_training(args: RetrievalArguments, training_args: SentenceTransformerT
     Raises:
         ValueError: They do not.
     """
+    if training_args.push_to_hub:
+        raise ValueError("`push_to_hub` would upload checkpoints; upload the folder `model` with `hf upload`")
     if training_args.do_train and training_args.n_gpu > 1:
         raise ValueError(
             f"{training_args.n_gpu} GPUs are visible to one process; start one process for each, with `torchrun "
@@ -149,12 +154,6 @@ def check_training(args: RetrievalArguments, training_args: SentenceTransformerT
                 raise ValueError(f"`{name}` is for training: give `do_train`, or leave it out")
     elif args.mining_model is not None and args.num_negatives == 0:
         raise ValueError("`mining_model` mines negatives: give `num_negatives`, or leave it out")
-
-
-def describe_training(training_args: SentenceTransformerTrainingArguments) -> dict[str, Any]:
-    """Those of transformers' arguments that the scores depend on."""
-    values = training_args.to_dict()
-    return {name: values[name] for name in SETTINGS}
 
 
 def build_model(args: RetrievalArguments, training_args: SentenceTransformerTrainingArguments) -> SentenceTransformer:
@@ -188,7 +187,10 @@ def build_model(args: RetrievalArguments, training_args: SentenceTransformerTrai
 
 
 def load_pairs(
-    model: SentenceTransformer, args: RetrievalArguments, training_args: SentenceTransformerTrainingArguments
+    model: SentenceTransformer,
+    args: RetrievalArguments,
+    training_args: SentenceTransformerTrainingArguments,
+    data: RetrievalSet,
 ) -> Dataset:
     """Queries, each with a relevant document and its mined negatives; a resumed run reads what it has mined before.
 
@@ -200,7 +202,6 @@ def load_pairs(
     first = training_args.local_process_index == 0
     if path.is_file() and not (first and last_checkpoint(folder) is None):  # of this very run
         return Dataset.from_parquet(str(path))
-    data = load_retrieval(args.train_dataset or args.dataset, args.train_split)
     pairs = make_pairs(data)
     if args.num_negatives > 0:
         miner = model
@@ -230,12 +231,19 @@ def load_pairs(
 
 
 def train(
-    model: SentenceTransformer, args: RetrievalArguments, training_args: SentenceTransformerTrainingArguments
+    model: SentenceTransformer,
+    args: RetrievalArguments,
+    training_args: SentenceTransformerTrainingArguments,
+    data: RetrievalSet,
 ) -> None:
-    """Trains from the last complete checkpoint on, where there is one, and saves `model` into the output folder."""
+    """Trains from the last complete checkpoint on, where there is one, and saves `model` into the output folder.
+
+    Raises:
+        SystemExit: Ctrl-C or SIGTERM stopped the run, after its checkpoint was written.
+    """
     folder = Path(training_args.output_dir)
     with training_args.main_process_first():
-        pairs = load_pairs(model, args, training_args)
+        pairs = load_pairs(model, args, training_args, data)
     logger.info("training on %d pairs with %d mined negatives each", len(pairs), args.num_negatives)
     prompts = {"query": model.prompts.get("query"), "document": model.prompts.get("document")}
     prompts |= {name: prompts["document"] for name in pairs.column_names if name not in prompts}
@@ -245,9 +253,7 @@ def train(
         loss = MultipleNegativesRankingLoss(model, **loss)
     else:
         loss = CachedMultipleNegativesRankingLoss(model, mini_batch_size=args.mini_batch_size, **loss)
-    trainer = SentenceTransformerTrainer(model=model, args=training_args, train_dataset=pairs, loss=loss)
-    checkpoint = last_checkpoint(folder)
-    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    train_to_the_end(SentenceTransformerTrainer(model=model, args=training_args, train_dataset=pairs, loss=loss))
     if training_args.should_save:
         save(model, folder / "model")
 
@@ -256,7 +262,8 @@ def save(model: SentenceTransformer, folder: Path) -> None:
     """Writes the folder, whole or not at all, in place of an older one."""
     shutil.rmtree(folder, ignore_errors=True)
     with draft_folder(folder) as draft:
-        model.save_pretrained(str(draft))
+        model.save_pretrained(str(draft), create_model_card=False)  # theirs shows training texts, and no scores
+        write_tokenizer(model.tokenizer, draft)
 
 
 def merge(model: SentenceTransformer, method: str, data: RetrievalSet, batch_size: int) -> SentenceTransformer:
@@ -275,79 +282,100 @@ def merge(model: SentenceTransformer, method: str, data: RetrievalSet, batch_siz
     return merged
 
 
-def run(
-    args: RetrievalArguments, training_args: SentenceTransformerTrainingArguments, data: RetrievalSet
-) -> tuple[PreTrainedModel, dict[str, dict[str, dict[str, float]]]]:
-    """Trains if asked to, and evaluates; nothing that an earlier run of the same command finished is done again.
+def execute(
+    args: RetrievalArguments,
+    training_args: SentenceTransformerTrainingArguments,
+    data: RetrievalSet,
+    train_data: RetrievalSet | None,
+) -> dict[str, Any] | None:
+    """One run: trains if asked to, and evaluates; nothing that an earlier run of the same command finished is done again.
 
     Returns:
-        The model that was measured, and the measures of each query, of it and of its merged form.
+        What `results.json` in its folder holds, or held already; None in all processes but the first.
     """
+    folder, batch_size = Path(training_args.output_dir), training_args.per_device_eval_batch_size
+    facts = {"evaluation": data.facts} | ({} if train_data is None else {"train": train_data.facts})
+    others = ("seeds", "bm25", "dataset", "train_dataset")
+    settings = {name: value for name, value in asdict(args).items() if name not in others}
+    for name in ("model_name_or_path", "mining_model"):
+        settings[name] = settings[name] and describe_model(settings[name])
+    settings |= {"seed": training_args.seed, "data": {part: each["fingerprint"] for part, each in facts.items()}}
+    if training_args.do_train:
+        values = training_args.to_dict()
+        settings |= {name: values[name] for name in SETTINGS}
+    if (results := read_finished(folder, settings)) is not None:
+        logger.info("'%s' holds a finished run", folder)
+        return results
     set_seed(training_args.seed)
-    folder, batch_size = check_output_dir(training_args.output_dir), training_args.per_device_eval_batch_size
     model = build_model(args, training_args)
     if training_args.do_train:
-        same_run(folder, {**asdict(args), **describe_training(training_args), "seed": training_args.seed})
         if last_checkpoint(folder) is None or not (folder / "model").exists():
-            train(model, args, training_args)
+            train(model, args, training_args, train_data)
         if not training_args.should_save:  # one process evaluates
-            return model[0].auto_model, {}
+            return None
         model = build_model(replace(args, model_name_or_path=str(folder / "model")), training_args)
     else:
         save(model, folder / "model")
-    measures = {"model": evaluate_model(model, data, folder / "embeddings" / "model", batch_size)}
+    queries = evaluate_model(model, data, folder / "embeddings" / "model", batch_size)
+    scores = mean_scores(queries)
+    details = {QUERIES: {query: values[MAIN] for query, values in queries.items()}}
     if args.merge_after is not None:
         merged = merge(model, args.merge_after, data, batch_size)
         save(merged, folder / "merged")
-        measures["merged"] = evaluate_model(merged, data, folder / "embeddings" / "merged", batch_size)
-    return model[0].auto_model, measures
+        queries = evaluate_model(merged, data, folder / "embeddings" / "merged", batch_size)
+        scores |= {f"merged_{name}": value for name, value in mean_scores(queries).items()}
+        details[f"merged {QUERIES}"] = {query: values[MAIN] for query, values in queries.items()}
+        details["merged_parameters"] = merged[0].auto_model.num_parameters()
+    facts = {
+        "task": f"{Path(args.dataset).name}, {args.split}",
+        "model_name": args.model_name_or_path,
+        "model": model[0].auto_model,
+        "scores": scores,
+        "data": facts,
+        "seed": training_args.seed,
+        "settings": settings,
+        "details": details,
+    }
+    if training_args.do_train:
+        write_finetuned_cards(folder, **facts)
+    return write_results(folder, **facts)
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    """Trains if asked to, evaluates, and writes model, embeddings and `results.json`; returns the scores."""
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Trains if asked to, evaluates, and writes model, embeddings and `results.json`; returns what the latter holds.
+
+    Raises:
+        SystemExit: Ctrl-C or SIGTERM stopped a run, after its checkpoint was written.
+        ValueError: Arguments do not go together, or the data is broken.
+    """
     args, training_args = parse_arguments(
         (RetrievalArguments, SentenceTransformerTrainingArguments), argv, DEFAULTS, __doc__
     )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     check_training(args, training_args)
-    output_dir = check_output_dir(training_args.output_dir)
-    data = load_retrieval(args.dataset, args.split)
-
-    systems = defaultdict(list)  # measures of each query, for each seed
-    seeds = args.seeds or [training_args.seed]
-    for seed in seeds:
+    output_dir = Path(training_args.output_dir)
+    runs = []
+    for seed in args.seeds or [training_args.seed]:
         own = copy.copy(training_args)
         own.seed, own.output_dir = seed, str(output_dir / f"seed-{seed}" if args.seeds else output_dir)
-        model, measures = run(args, own, data)
-        for name, queries in measures.items():
-            systems[name].append(queries)
+        runs.append(own)
+    with training_args.main_process_first():
+        data, train_data = load_retrieval(args.dataset, args.split), None
+        if training_args.do_train:
+            train_data = load_retrieval(args.train_dataset or args.dataset, args.train_split)
+    results = [execute(args, own, data, train_data) for own in runs]
     if not training_args.should_save:
         return {}
-    if args.bm25:
-        systems["bm25"] = [evaluate_bm25(data)]
-
-    scores, by_seed, by_query = {}, {}, {}
-    for name, repeats in systems.items():
-        by_seed[name] = [mean_scores(queries) for queries in repeats]
-        by_query[name] = {query: float(np.mean([queries[query][MAIN] for queries in repeats])) for query in data.qrels}
-        means = {measure: float(np.mean([each[measure] for each in by_seed[name]])) for measure in MEASURES}
-        scores |= {measure if name == "model" else f"{name}_{measure}": value for measure, value in means.items()}
-        logger.info("%-8s%s", name, "".join(f"{measure:>16}: {value:.4f}" for measure, value in means.items()))
-    write_results(
-        output_dir,
-        task=f"{Path(args.dataset).name}, {args.split}",
-        model_name=args.model_name_or_path,
-        model=model,
-        scores=scores,
-        data=data.facts,
-        seeds=seeds,
-        settings={
-            **{name: value for name, value in asdict(args).items() if name not in ("model_name_or_path", "seeds")},
-            **(describe_training(training_args) if training_args.do_train else {}),
-        },
-        details={"seeds": by_seed, f"{MAIN} of queries": by_query},
-    )
-    return scores
+    summary = summarise(results) if args.seeds else results[0]
+    if args.seeds:  # means over the seeds, to compare models query by query
+        for name in (name for name in results[0]["details"] if name.endswith(QUERIES)):
+            each = [result["details"][name] for result in results]
+            summary["details"][name] = {query: statistics.mean(run[query] for run in each) for query in each[0]}
+    if args.bm25 and "baselines" not in summary["details"]:
+        summary["details"]["baselines"] = {"BM25": mean_scores(evaluate_bm25(data))}
+    write_text(output_dir / RESULTS_NAME, json.dumps(summary, indent=1))
+    logger.info("%s", json.dumps({**summary["scores"], **summary["details"].get("baselines", {})}))
+    return summary
 
 
 if __name__ == "__main__":

@@ -21,8 +21,9 @@ import copy
 import functools
 import json
 import logging
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,34 +38,41 @@ from transformers import (
 
 import modernalbert  # noqa: F401  (registers the Auto classes)
 from modernalbert.training.arguments import parse_arguments
+from modernalbert.training.cards import write_finetuned_cards
 from modernalbert.training.checkpoints import RESULTS_NAME, write_text
 from modernalbert.training.finetuning import (
     MERGED_NAME,
     FineTuningArguments,
     FineTuningTrainer,
     add_lora,
+    check_max_length,
     check_training,
     describe_run,
     fine_tune,
     load_config,
     load_model,
     merge_trained,
-    read_finished,
+    place_runs,
+    plan_runs,
 )
 from modernalbert.training.glue import (
     ClassificationArguments,
-    Run,
     Task,
-    best_rate,
+    combine,
     compare_baselines,
     describe_data,
     load_task,
-    summarise,
     to_markdown,
     write_predictions,
 )
 from modernalbert.training.metrics import GLUE_TASKS, compute_metrics
-from modernalbert.training.results import write_results
+from modernalbert.training.results import (
+    choose_rate,
+    describe_model,
+    read_finished,
+    summarise,
+    write_results,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -73,76 +81,85 @@ logger = logging.getLogger(__name__)
 DEFAULTS = {"save_total_limit": 1, "logging_steps": 50}
 
 
-def plan_runs(
-    args: ClassificationArguments, tuning: FineTuningArguments, training_args: TrainingArguments
-) -> list[Run]:
+@dataclass(frozen=True)
+class Run:
+    """One task, seed and learning rate; its arguments name the folder that is its own."""
+
+    task: str
+    args: TrainingArguments
+
+
+def plan(args: ClassificationArguments, tuning: FineTuningArguments, training_args: TrainingArguments) -> list[Run]:
     """All runs, those that start from another task's model after it.
 
     Raises:
         FileExistsError: `output_dir` holds a single run, and there are several now.
         ValueError: A run starts from a task that is not among them.
     """
-    root = Path(training_args.output_dir)
     starts = {task: args.by_task.get(task, {}).get("start_from") for task in args.task_name}
 
-    def depth(task: str) -> int:
-        return 1 + depth(starts[task]) if starts[task] in starts else 0
+    def depth(task: str, below: tuple[str, ...] = ()) -> int:
+        if task in below:
+            raise ValueError(f"the tasks {', '.join(below)} start from each other's models: see `start_from`")
+        return 1 + depth(starts[task], (*below, task)) if starts[task] in starts else 0
 
     runs = []
     for task in sorted(starts, key=depth):
-        if starts[task] in GLUE_TASKS and starts[task] not in starts and not tuning.peft:
+        if starts[task] in GLUE_TASKS and starts[task] not in starts and training_args.do_train and not tuning.peft:
             raise ValueError(
                 f"task '{task}' starts from the model of '{starts[task]}': name both in `task_name`, or give a folder "
                 "as `start_from` in `task_arguments`"
             )
-        rates = tuning.learning_rates or [args.by_task.get(task, {}).get("learning_rate", training_args.learning_rate)]
-        for seed in tuning.seeds or [training_args.seed]:
-            runs += [Run(task, seed, rate, root / task / f"seed-{seed}-lr-{rate:g}") for rate in rates]
-    if len(runs) == 1:
-        return [replace(runs[0], folder=root)]
-    if (root / "arguments.json").exists():
-        raise FileExistsError(f"'{root}' holds a single run; choose another `output_dir` for {len(runs)} runs")
+        own = copy.copy(training_args)
+        for name, value in args.by_task.get(task, {}).items():
+            if name != "start_from":
+                setattr(own, name, value)
+        own.output_dir = str(Path(training_args.output_dir) / task)
+        runs += [Run(task, arguments) for arguments in plan_runs(tuning, own)]
+    place_runs([run.args for run in runs], training_args.output_dir)
     return runs
 
 
 def execute(
-    run: Run,
-    task: Task,
-    start: str,
-    args: ClassificationArguments,
-    tuning: FineTuningArguments,
-    training_args: TrainingArguments,
+    run: Run, task: Task, data: dict[str, Any], start: str, args: ClassificationArguments, tuning: FineTuningArguments
 ) -> dict[str, Any]:
     """Trains from the model `start` if asked to, evaluates, and writes the run's folder, unless it is finished.
 
     Returns:
         What its `results.json` holds.
     """
-    training_args = copy.copy(training_args)
-    for name, value in {**args.by_task.get(run.task, {}), "learning_rate": run.learning_rate}.items():
-        setattr(training_args, name, value)
-    training_args.output_dir, training_args.seed = str(run.folder), run.seed
-    others = {"model_name_or_path": args.model_name_or_path, "start_from": start, "max_length": args.max_length}
-    settings = describe_run(tuning, training_args, **others)
-    if (results := read_finished(run.folder, settings)) is not None:
-        logger.info("'%s' holds a finished run", run.folder)
+    training_args, folder = run.args, Path(run.args.output_dir)
+    settings = describe_run(
+        tuning,
+        training_args,
+        model_name_or_path=describe_model(args.model_name_or_path),
+        start_from=describe_model(start),
+        max_length=args.max_length,
+        data={part: facts["fingerprint"] for part, facts in data.items() if part != "source"},
+    )
+    if (results := read_finished(folder, settings)) is not None:
+        logger.info("'%s' holds a finished run", folder)
         return results
-    logger.info("task %s, seed %d, learning rate %g, in '%s'", run.task, run.seed, run.learning_rate, run.folder)
+    logger.info("task %s, seed %d, in '%s'", run.task, training_args.seed, folder)
 
-    set_seed(run.seed)
+    set_seed(training_args.seed)
     config = load_config(tuning, start)
     config.num_labels = task.num_labels
-    if task.labels is not None:
-        config.id2label = dict(enumerate(task.labels))
-        config.label2id = {name: number for number, name in enumerate(task.labels)}
+    # Some models write down what they took a task for, and the next task inherits it.
+    config.problem_type = "regression" if task.num_labels == 1 else "single_label_classification"
+    if training_args.do_train:
+        names = task.labels or [f"LABEL_{number}" for number in range(task.num_labels)]
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: number for number, name in enumerate(names)}
     load = functools.partial(
         load_model,
         AutoModelForSequenceClassification,
         config=config,
         trust_remote_code=tuning.trust_remote_code,
-        ignore_mismatched_sizes=start != args.model_name_or_path,  # the head of another task
     )
     model, fresh = load(start)
+    if not training_args.do_train and fresh:
+        raise ValueError(f"'{start}' has no {', '.join(fresh)}: it is no trained classifier; give `do_train`")
     if tuning.peft:
         model = add_lora(model, "SEQ_CLS", fresh, tuning.peft_rank, tuning.peft_target_modules)
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, trust_remote_code=tuning.trust_remote_code)
@@ -165,42 +182,42 @@ def execute(
         eval_dataset=validation[""],
         compute_metrics=lambda output: compute_metrics(task.metrics, output.predictions, output.label_ids),
     )
-    details = {}
+    details = {"eval_batch_size": training_args.eval_batch_size}
     if training_args.do_train:
         trainer = build(model=model, train_dataset=train)
         fine_tune(trainer, settings, tuning.early_stopping_patience, task.metrics[0])
         details["steps"] = trainer.state.global_step
         if tuning.peft:  # what is scored is what was saved
             details["trainable_parameters"] = model.get_nb_trainable_parameters()[0]
-            model, _ = load(str(run.folder))
-    elif fresh:
-        raise ValueError(f"'{start}' has no {', '.join(fresh)}: it is no trained classifier; give `do_train`")
+            model, _ = load(str(folder))
 
     scorer = build(model=model)
-    scores, details["milliseconds_per_row"] = evaluate(scorer, task, validation, run.folder)
+    scores, details["milliseconds_per_row"] = evaluate(scorer, task, validation, folder)
     if tuning.merge_after is not None and scorer.routed:
         merged = merge_trained(trainer, model, tuning.merge_after)
         details["merged_parameters"] = merged.num_parameters()
-        figures, milliseconds = evaluate(build(model=merged), task, validation, run.folder / MERGED_NAME)
+        figures, milliseconds = evaluate(build(model=merged), task, validation, folder / MERGED_NAME)
         scores |= {f"merged_{name}": value for name, value in figures.items()}
         details["merged_milliseconds_per_row"] = milliseconds
     elif tuning.merge_after is not None:
         logger.info("a %s has no experts: `merge_after` does nothing", config.model_type)
 
     if training_args.should_save:
-        write_results(
-            run.folder,
-            task=run.task,
-            model_name=args.model_name_or_path,
-            model=model,
-            scores=scores,
-            data=describe_data(args, task),
-            seeds=[run.seed],
-            settings=settings,
-            details=details,
-        )
+        facts = {
+            "task": run.task,
+            "model_name": args.model_name_or_path,
+            "model": model,
+            "scores": scores,
+            "data": data,
+            "seed": training_args.seed,
+            "settings": settings,
+            "details": details,
+        }
+        if training_args.do_train:
+            write_finetuned_cards(folder, pairs=len(task.columns) == 2, **facts)
+        write_results(folder, **facts)
     scorer.accelerator.wait_for_everyone()
-    return json.loads((run.folder / RESULTS_NAME).read_text(encoding="utf-8"))
+    return json.loads((folder / RESULTS_NAME).read_text(encoding="utf-8"))
 
 
 def evaluate(
@@ -232,30 +249,39 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     name = args.model_name_or_path
     config = load_config(tuning, name)
     check_training(tuning, training_args, name, config)
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=tuning.trust_remote_code)
+    check_max_length("max_length", args.max_length, tokenizer, config)
     if args.baselines and not training_args.do_train:
         raise ValueError("`baselines` learn from training rows: give `do_train`, or leave it out")
-    runs = plan_runs(args, tuning, training_args)
-    tasks = {
-        task: load_task(args, tuning, task, None if training_args.do_train else config) for task in args.task_name
-    }
+    runs = plan(args, tuning, training_args)
+    with training_args.main_process_first():
+        tasks = {
+            task: load_task(args, tuning, task, None if training_args.do_train else config) for task in args.task_name
+        }
+    data = {task: describe_data(args, tasks[task]) for task in tasks}
 
-    results = {}
+    results = defaultdict(list)
     for run in runs:
         start = args.by_task.get(run.task, {}).get("start_from", name)
-        if tuning.peft:  # an adapter belongs to one base
+        if tuning.peft or not training_args.do_train:  # an adapter belongs to one base
             start = name
         elif start in tasks:
-            best = (start, run.seed, best_rate(results, start))
-            (start,) = (str(r.folder) for r in results if (r.task, r.seed, r.learning_rate) == best)
-        results[run] = execute(run, tasks[run.task], start, args, tuning, training_args)
+            rate, _ = choose_rate(results[start])
+            (start,) = (
+                other.args.output_dir
+                for other in runs
+                if (other.task, other.args.seed, other.args.learning_rate) == (start, run.args.seed, rate)
+            )
+        results[run.task].append(execute(run, tasks[run.task], data[run.task], start, args, tuning))
 
     if len(runs) == 1:
-        (summary,) = results.values()
+        ((summary,),) = results.values()
     else:
-        summary = summarise(results, tasks, {task: describe_data(args, tasks[task]) for task in tasks})
-    if args.baselines and "baselines" not in summary["details"]:
-        summary["details"]["baselines"] = compare_baselines(tasks)
+        summaries = {task: summarise(results[task]) for task in tasks}
+        summary = next(iter(summaries.values())) if len(tasks) == 1 else combine(summaries, tasks)
     if training_args.should_save:
+        if args.baselines and "baselines" not in summary["details"]:
+            summary["details"]["baselines"] = compare_baselines(tasks)
         root = Path(training_args.output_dir)
         write_text(root / RESULTS_NAME, json.dumps(summary, indent=1))
         write_text(root / "results.md", to_markdown(summary, tasks))

@@ -20,14 +20,11 @@ Training leaves out rows whose first answer does not stand at its `answer_start`
 texts alone, so that evaluation keeps such rows.
 """
 
-import copy
 import json
 import logging
-import statistics
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +42,15 @@ from transformers.data.data_collator import pad_without_fast_tokenizer_warning
 import modernalbert  # noqa: F401  (registers the Auto classes)
 from modernalbert.training import finetuning
 from modernalbert.training.arguments import parse_arguments
-from modernalbert.training.cards import clean
+from modernalbert.training.cards import write_finetuned_cards
 from modernalbert.training.checkpoints import RESULTS_NAME, write_text
-from modernalbert.training.data import load_files
-from modernalbert.training.results import write_results
+from modernalbert.training.data import fingerprint, load_files
+from modernalbert.training.results import describe_model, read_finished, summarise, write_results
 from modernalbert.training.squad import (
+    COLUMNS,
     Ranking,
-    check_lengths,
     check_rows,
+    check_windows,
     evaluate_rankings,
     is_sound,
     list_answers,
@@ -124,13 +122,10 @@ class Questions:
         self.args = args
         self.tokenizer = tokenizer
         self.rows = {split: self.load(split, limit) for split, limit in splits.items()}
-        lengths = ("max_length", "doc_stride", "max_question_length")
-        encode = partial(make_features, tokenizer=tokenizer, **{name: getattr(args, name) for name in lengths})
-        self.features = {
-            split: rows.map(encode, True, batched=True, remove_columns=rows.column_names, desc="Tokenising")
+        self.facts = {  # what results say about the data
+            split: {"source": self.source(split), "rows": len(rows), "fingerprint": fingerprint(rows)}
             for split, rows in self.rows.items()
         }
-        tokenizer.backend_tokenizer.no_truncation()  # it would be saved with the tokenizer
         self.golds = {row["id"]: row["answers"]["text"] for row in self.rows["validation"]}
 
     def load(self, split: str, limit: int | None) -> Dataset:
@@ -139,6 +134,7 @@ class Questions:
         rows = load_dataset(files, split=split) if isinstance(files, str) else load_files(files)
         rows = rows.select(range(min(len(rows), limit or len(rows))))
         check_rows(rows, split, unanswerable=self.args.threshold is not None)
+        rows = rows.select_columns(list(COLUMNS))
         if split == "validation":
             return rows
         sound = rows.filter(is_sound, desc="Checking answers")
@@ -155,17 +151,18 @@ class Questions:
         """Data set of the Hub, or files."""
         return getattr(self.args, f"{split}_files") or f"rajpurkar/{self.args.task_name}"
 
-    def facts(self) -> dict[str, dict[str, Any]]:
-        """What results say about the data."""
-        return {
-            split: {
-                "source": self.source(split),
-                "rows": len(rows),
-                "windows": len(self.features[split]),
-                "fingerprint": rows._fingerprint,
-            }
+    @cached_property
+    def features(self) -> dict[str, Dataset]:
+        """Windows of each split; a finished run needs none."""
+        lengths = {name: getattr(self.args, name) for name in ("max_length", "doc_stride", "max_question_length")}
+        encode = partial(make_features, tokenizer=self.tokenizer, **lengths)
+        features = {
+            split: rows.map(encode, True, batched=True, remove_columns=rows.column_names, desc="Tokenising")
             for split, rows in self.rows.items()
         }
+        for split, windows in features.items():
+            self.facts[split]["windows"] = len(windows)
+        return features
 
     def collate(self, features: Sequence[Mapping]) -> Mapping[str, torch.Tensor]:
         """A batch, padded on the right whatever the tokenizer does: labels and answers are places in it."""
@@ -183,10 +180,12 @@ class Questions:
         return dict(zip(self.golds, rankings, strict=True))
 
 
-def evaluate(trainer: finetuning.FineTuningTrainer, questions: Questions, folder: Path) -> tuple[dict, dict]:
-    """Scores of the Trainer's model, and those of the best thresholds; writes its answers into a folder."""
-    threshold = questions.args.threshold
-    rankings = questions.rank(trainer.predict(questions.features["validation"]).predictions)
+def evaluate(trainer: finetuning.FineTuningTrainer, questions: Questions, folder: Path) -> tuple[dict, dict, float]:
+    """Scores of the Trainer's model, those of the best thresholds, milliseconds a window; writes answers into a folder."""
+    threshold, windows = questions.args.threshold, questions.features["validation"]
+    trainer.compute_metrics = None  # its time would count
+    output = trainer.predict(windows)
+    rankings = questions.rank(output.predictions)
     predictions, scores, best = evaluate_rankings(rankings, questions.golds, threshold)
     if trainer.is_world_process_zero():
         folder.mkdir(exist_ok=True)
@@ -196,7 +195,7 @@ def evaluate(trainer: finetuning.FineTuningTrainer, questions: Questions, folder
             files["null_odds"] = {name: ranking.null_odds for name, ranking in rankings.items()}
         for name, content in files.items():
             write_text(folder / f"{name}.json", json.dumps(content, indent=1, ensure_ascii=False))
-    return scores, best
+    return scores, best, 1000 * output.metrics["test_runtime"] / len(windows)
 
 
 def execute(
@@ -207,8 +206,11 @@ def execute(
 ) -> dict[str, Any]:
     """One run: trains if asked to, and evaluates; returns what `results.json` in its folder holds, or held already."""
     folder = Path(training_args.output_dir)
-    settings = finetuning.describe_run(tuning, training_args, **asdict(args))
-    if (results := finetuning.read_finished(folder, settings)) is not None:
+    reading = {name: value for name, value in asdict(args).items() if not name.endswith("_files")}
+    reading["model_name_or_path"] = describe_model(args.model_name_or_path)
+    prints = {split: facts["fingerprint"] for split, facts in questions.facts.items()}
+    settings = finetuning.describe_run(tuning, training_args, **reading, data=prints)
+    if (results := read_finished(folder, settings)) is not None:
         logger.info("'%s' holds a finished run", folder)
         return results
 
@@ -220,93 +222,62 @@ def execute(
         trust_remote_code=tuning.trust_remote_code,
     )
     model, fresh = load(args.model_name_or_path)
+    if not training_args.do_train and fresh:
+        raise ValueError(
+            f"'{args.model_name_or_path}' has no {', '.join(fresh)}: it was not trained to answer; give `do_train`"
+        )
     if tuning.peft:
         model = finetuning.add_lora(model, "QUESTION_ANS", fresh, tuning.peft_rank, tuning.peft_target_modules)
+    with training_args.main_process_first():  # the others find what it tokenised in the cache
+        features = questions.features
     build = partial(
         finetuning.FineTuningTrainer,
         args=training_args,
         data_collator=questions.collate,
-        train_dataset=questions.features.get("train"),
-        eval_dataset=questions.features["validation"],
+        train_dataset=features.get("train"),
+        eval_dataset=features["validation"],
         processing_class=questions.tokenizer,
         compute_metrics=lambda output: evaluate_rankings(
             questions.rank(output.predictions), questions.golds, args.threshold
         )[1],
     )
-    details = {}
+    details = {"eval_batch_size": training_args.eval_batch_size}
     if training_args.do_train:
         trainer = build(model=model)
         finetuning.fine_tune(trainer, settings, tuning.early_stopping_patience, "f1")
         details["steps"] = trainer.state.global_step
         if tuning.peft:  # what is scored is what was saved
+            details["trainable_parameters"] = model.get_nb_trainable_parameters()[0]
             model, _ = load(str(folder))
-    elif fresh:
-        raise ValueError(
-            f"'{args.model_name_or_path}' has no {', '.join(fresh)}: it was not trained to answer; give `do_train`"
-        )
 
     evaluator = build(model=model)
-    scores, details["best_threshold"] = evaluate(evaluator, questions, folder)
+    scores, best, details["milliseconds_per_row"] = evaluate(evaluator, questions, folder)
+    details["best_threshold"] = best
     if tuning.merge_after is not None and evaluator.routed:
         merged = finetuning.merge_trained(trainer, model, tuning.merge_after)
-        merged_scores, best = evaluate(build(model=merged), questions, folder / finetuning.MERGED_NAME)
-        scores |= {f"merged_{name}": score for name, score in merged_scores.items()}
+        figures, best, milliseconds = evaluate(build(model=merged), questions, folder / finetuning.MERGED_NAME)
+        scores |= {f"merged_{name}": score for name, score in figures.items()}
         details |= {"merged_parameters": merged.num_parameters(), "merged_best_threshold": best}
+        details["merged_milliseconds_per_row"] = milliseconds
     elif tuning.merge_after is not None:
         logger.info("a %s has no experts: `merge_after` does nothing", model.config.model_type)
 
-    if evaluator.is_world_process_zero():
-        write_results(
-            folder,
-            task=args.task_name,
-            model_name=args.model_name_or_path,
-            model=model,
-            scores=scores,
-            data=questions.facts(),
-            seeds=[training_args.seed],
-            settings=settings,
-            details={name: value for name, value in details.items() if value != {}},  # v1.1 has no thresholds
-        )
+    if training_args.should_save:
+        facts = {
+            "task": args.task_name,
+            "model_name": args.model_name_or_path,
+            "model": model,
+            "scores": scores,
+            "data": questions.facts,
+            "seed": training_args.seed,
+            "settings": settings,
+            "details": {name: value for name, value in details.items() if value != {}},  # v1.1 has no thresholds
+        }
+        if training_args.do_train:
+            write_finetuned_cards(folder, **facts)
+        write_results(folder, **facts)
     evaluator.accelerator.wait_for_everyone()
-    return finetuning.read_finished(folder, settings)
-
-
-def plan_runs(tuning: finetuning.FineTuningArguments, training_args: TrainingArguments) -> list[TrainingArguments]:
-    """One run for each seed and learning rate; several have folders of their own."""
-    runs = []
-    for seed in tuning.seeds or [training_args.seed]:
-        for rate in tuning.learning_rates or [training_args.learning_rate]:
-            run = copy.copy(training_args)
-            run.seed, run.learning_rate = seed, rate
-            run.output_dir = str(Path(training_args.output_dir) / f"seed-{seed}-lr-{rate:g}")
-            runs.append(run)
-    if len(runs) == 1:
-        runs[0].output_dir = training_args.output_dir
-    return runs
-
-
-def summarise(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What `results.json` says of several runs: means over the seeds, at the learning rate with the best F1."""
-    by_rate = defaultdict(list)
-    for result in results:
-        by_rate[result["settings"]["learning_rate"]].append(result)
-    rate = max(by_rate, key=lambda rate: statistics.mean(result["scores"]["f1"] for result in by_rate[rate]))
-    columns = {name: [result["scores"][name] for result in by_rate[rate]] for name in by_rate[rate][0]["scores"]}
-    seeds = [result["seeds"][0] for result in by_rate[rate]]
-    details = {
-        "learning_rate": rate,
-        "std": {name: statistics.stdev(values) if len(seeds) > 1 else None for name, values in columns.items()},
-        "runs": [
-            {
-                "seed": result["seeds"][0],
-                "learning_rate": result["settings"]["learning_rate"],
-                "scores": result["scores"],
-            }
-            for result in results
-        ],
-    }
-    means = {name: statistics.mean(values) for name, values in columns.items()}
-    return {**results[0], "scores": means, "seeds": seeds, "details": details}
+    return read_finished(folder, settings)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -324,22 +295,19 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if training_args.do_train and args.validation_files and not args.train_files:
         raise ValueError("`do_train` with `validation_files` needs `train_files` as well")
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, trust_remote_code=tuning.trust_remote_code)
-    check_lengths(tokenizer, config, args.max_length, args.doc_stride, args.max_question_length)
+    finetuning.check_max_length("max_length", args.max_length, tokenizer, config)
+    check_windows(tokenizer, args.max_length, args.doc_stride, args.max_question_length)
 
-    runs, root = plan_runs(tuning, training_args), Path(training_args.output_dir)
-    plan = {"seeds": tuning.seeds, "learning_rates": tuning.learning_rates} if len(runs) > 1 else {}
-    settings = finetuning.describe_run(tuning, training_args if plan else runs[0], **asdict(args), **plan)
-    if (results := finetuning.read_finished(root, settings)) is not None:
-        logger.info("'%s' holds a finished run", root)
-        return results
+    runs, root = finetuning.plan_runs(tuning, training_args), Path(training_args.output_dir)
+    finetuning.place_runs(runs, root)
     splits = {"train": tuning.max_train_samples} if training_args.do_train else {}
     splits["validation"] = tuning.max_eval_samples
-    with training_args.main_process_first():  # the others find what it tokenised in the cache
+    with training_args.main_process_first():
         questions = Questions(args, splits, tokenizer)
     results = [execute(args, tuning, run, questions) for run in runs]
     summary = results[0]
-    if plan:
-        summary = {**summarise(results), "settings": clean(settings)}
+    if len(runs) > 1:
+        summary = summarise(results)
         if training_args.should_save:
             write_text(root / RESULTS_NAME, json.dumps(summary, indent=1))
     logger.info("%s", json.dumps(summary["scores"]))

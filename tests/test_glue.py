@@ -1,8 +1,9 @@
 """`scripts/run_glue.py` and `scripts/compare_results.py` on a few rows, and the metrics that they report."""
 
 import json
+import re
+import shutil
 import statistics
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,10 +11,12 @@ import scipy.stats
 import sklearn.metrics
 import torch
 import yaml
-from datasets import Dataset, load_dataset
+from datasets import ClassLabel, Dataset, load_dataset
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import model_index_to_eval_results
 from peft import PeftModel
 from peft.tuners.lora import Linear
-from test_training import SCRIPTS, load_script
+from test_training import DATA, SCRIPTS, load_script
 from transformers import (
     AutoConfig,
     AutoModelForMaskedLM,
@@ -24,14 +27,15 @@ from transformers import (
 
 from modernalbert import ModernAlbertForMaskedLM
 from modernalbert.tokenization import padded_vocab_size, save_tokenizer, train_tokenizer
+from modernalbert.training.data import check_labelled
 from modernalbert.training.finetuning import add_lora
 from modernalbert.training.metrics import GLUE_MEAN, GLUE_TASKS, compute_metrics, glue_mean, score_baselines
 
 
-DATA = Path("/work/shared/data")
 GOOD, BAD = ["fine", "lovely", "great"], ["awful", "dull", "poor"]
 TEXTS = [f"A {GOOD[n % 3] if n % 2 else BAD[n % 3]} film, number {n}." for n in range(24)]
-COMMON = ["--do_train", "--max_steps", "2", "--max_length", "32", "--learning_rate", "1e-3", "--logging_steps", "1"]
+LENGTH = ["--max_length", "32"]
+COMMON = ["--do_train", "--max_steps", "2", *LENGTH, "--learning_rate", "1e-3", "--logging_steps", "1"]
 QUIET = ["--use_cpu", "True", "--report_to", "none", "--disable_tqdm", "True"]
 
 
@@ -173,7 +177,7 @@ def test_classes_may_have_names(root, tmp_path):
     assert [line["label"] for line in lines[:3]] == ["yes", "no", "maybe"]
     assert all(config.id2label[int(np.argmax(line["logits"]))] == line["prediction"] for line in lines)
     evaluate = ["--validation_files", root / "three.csv", "--max_eval_samples", "7"]
-    run(root, tmp_path / "again", *evaluate, model=tmp_path / "out", common=())
+    run(root, tmp_path / "again", *evaluate, model=tmp_path / "out", common=LENGTH)
     assert_same(read_predictions(tmp_path / "again" / "predictions.jsonl"), lines[:7])
 
 
@@ -220,7 +224,7 @@ def test_another_encoder_runs_by_the_same_command(root, tmp_path, name, target, 
 
 
 def test_seeds_and_rates(root, tmp_path):
-    arguments = ["--seeds", "0", "1", "2", "--learning_rates", "1e-4", "1e-2"]
+    arguments = ["--seeds", "0", "1", "--learning_rates", "1e-4", "1e-2"]
     results = own(root, tmp_path, *arguments)
     runs = [json.loads(path.read_text()) for path in tmp_path.glob("custom/*/results.json")]
     by_rate = {
@@ -228,10 +232,10 @@ def test_seeds_and_rates(root, tmp_path):
         for rate in (1e-4, 1e-2)
     }
     best = max(by_rate, key=lambda rate: statistics.mean(by_rate[rate]))
-    assert results["details"]["learning_rates"]["custom"] == {"best": best, "of": [1e-4, 1e-2]}
+    assert results["details"]["learning_rate"] == best and results["details"]["learning_rates"] == [1e-4, 1e-2]
     assert results["scores"]["accuracy"] == pytest.approx(statistics.mean(by_rate[best]))
     assert results["details"]["std"]["accuracy"] == pytest.approx(statistics.stdev(by_rate[best]))
-    assert results["seeds"] == [0, 1, 2] and len(results["details"]["runs"]) == 6
+    assert results["seeds"] == [0, 1] and len(results["details"]["runs"]) == 4
     assert "were chosen on the rows that the scores are of" in (tmp_path / "results.md").read_text()
 
 
@@ -283,6 +287,77 @@ def test_training_stops_early_and_keeps_the_best(root, tmp_path):
         (tmp_path / "results.json").unlink()  # as if it was killed then: it does not go on
 
 
+@pytest.mark.parametrize("name", ["bert", "modernbert"])
+def test_a_regression_starts_from_a_classifier(root, tmp_path, name):
+    """Their forward writes into the configuration that labels are classes."""
+    start = json.dumps({"stsb": {"start_from": "mnli"}})
+    glue(root, tmp_path, "stsb", "mnli", "--task_arguments", start, model=name)
+    folder = tmp_path / "stsb" / "seed-42-lr-0.001"
+    assert AutoConfig.from_pretrained(folder).problem_type == "regression"
+    (logged, _), values = (
+        [entry["loss"] for entry in json.loads((folder / "trainer_state.json").read_text())["log_history"][:2]],
+        rows_of("stsb")["label"],
+    )
+    assert logged > np.var(values)  # squares of differences from 0 to 4.6; the entropy of one class is 0
+
+
+def test_a_classifier_of_other_classes_can_go_on(root, tmp_path):
+    own(root, tmp_path / "three")
+    results = run(root, tmp_path / "two", "--task_name", "sst2", "--data_dir", root / "data", model=tmp_path / "three")
+    config = AutoConfig.from_pretrained(tmp_path / "two")
+    assert config.num_labels == 2 and config.id2label == {0: "LABEL_0", 1: "LABEL_1"} and results["task"] == "sst2"
+
+
+def test_other_data_is_another_run(root, tmp_path):
+    """The content counts, not where the file is."""
+    for name, cut in (("same", None), ("other", -1)):
+        (tmp_path / f"{name}.csv").write_text("".join((root / "three.csv").read_text().splitlines(True)[:cut]))
+    results = own(root, tmp_path / "out")
+    assert own(root, tmp_path / "out", files=tmp_path / "same.csv") == results
+    with pytest.raises(ValueError, match=r"finished run with other settings \(data: "):
+        own(root, tmp_path / "out", files=tmp_path / "other.csv")
+    (tmp_path / "out" / "results.json").unlink()
+    with pytest.raises(ValueError, match=r"checkpoints of a run with other arguments \(data: "):
+        own(root, tmp_path / "out", files=tmp_path / "other.csv")
+
+
+def test_another_model_of_the_same_name_is_another_run(root, tmp_path):
+    shutil.copytree(root / "model", tmp_path / "model")
+    own(root, tmp_path / "out", model=tmp_path / "model")
+    assert str(tmp_path) not in (tmp_path / "out" / "arguments.json").read_text()
+    model = ModernAlbertForMaskedLM.from_pretrained(tmp_path / "model")
+    model.base_model.final_norm.weight.data += 1
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"other settings \(model_name_or_path: 'model \w+' before, 'model \w+' now"):
+        own(root, tmp_path / "out", model=tmp_path / "model")
+
+
+# ---- What is written
+
+
+@pytest.mark.parametrize(("extra", "task"), [([], "mrpc"), (["--peft"], "mrpc"), ([], "stsb")])
+def test_cards(root, tmp_path, monkeypatch, extra, task):
+    """Their usage runs as written, and the Hub reads the scores."""
+    results = glue(root, tmp_path / "out", task, "--merge_after", "uniform", *extra)
+    for folder, prefix in ((tmp_path / "out", ""), (tmp_path / "out" / "merged", "merged_")):
+        card = ModelCard.load(folder / "README.md")
+        name, scores = model_index_to_eval_results(card.data.to_dict()["model-index"])
+        assert name == folder.name
+        for score in scores:
+            assert score.metric_value == pytest.approx(results["scores"][prefix + score.metric_name], abs=1e-4)
+        assert str(tmp_path) not in card.content and "None" not in card.content
+        code = re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1].replace('"model"', f'"{root}/model"')
+        monkeypatch.chdir(folder.parent)
+        exec(code, {})
+
+
+def test_the_tokenizer_is_saved_as_it_was(root, tmp_path):
+    own(root, tmp_path / "out", "--merge_after", "uniform")
+    for folder in (tmp_path / "out", tmp_path / "out" / "merged"):
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            assert json.loads((folder / name).read_text()) == json.loads((root / "model" / name).read_text())
+
+
 # ---- LoRA and merging
 
 
@@ -300,7 +375,7 @@ def test_a_lora_is_saved_and_reloaded(root, tmp_path):
     torch.testing.assert_close(torch.tensor([line["logits"] for line in lines]), logits, rtol=1e-4, atol=1e-5)
 
     evaluate = ["--validation_files", root / "three.csv"]
-    run(root, tmp_path / "again", *evaluate, model=tmp_path / "out", common=())
+    run(root, tmp_path / "again", *evaluate, model=tmp_path / "out", common=LENGTH)
     assert_same(read_predictions(tmp_path / "again" / "predictions.jsonl"), lines)
     with pytest.raises(ValueError, match="is a LoRA: fine-tune the model that it belongs to"):
         own(root, tmp_path / "more", model=tmp_path / "out")
@@ -326,7 +401,7 @@ def test_experts_are_merged_after_training(root, tmp_path, method, lora):
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "merged")
     assert merged.config.num_experts == 0 and merged.num_parameters() == results["details"]["merged_parameters"]
     evaluate = ["--validation_files", root / "three.csv"]
-    again = run(root, tmp_path / "again", *evaluate, model=tmp_path / "out" / "merged", common=())
+    again = run(root, tmp_path / "again", *evaluate, model=tmp_path / "out" / "merged", common=LENGTH)
     assert again["scores"]["accuracy"] == results["scores"]["merged_accuracy"]
 
 
@@ -362,6 +437,23 @@ def test_labels_that_are_no_class_are_refused(root, tmp_path, labels, message):
     Dataset.from_dict({"sentence": TEXTS[:3], "label": labels}).to_parquet(tmp_path / "sst2" / "validation.parquet")
     with pytest.raises(ValueError, match=message):
         run(root, tmp_path / "out", "--task_name", "sst2", "--data_dir", tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_without_texts_are_refused():
+    for texts, message in (([], "it has no rows"), ([1], "row 0 of it has 1 as 'text', expected a text")):
+        with pytest.raises(ValueError, match=message):
+            check_labelled(Dataset.from_dict({"text": texts, "y": [0] * len(texts)}), "it", ["text"], "y")
+
+
+def test_a_classifier_that_numbers_its_classes_otherwise_is_refused(root, tmp_path):
+    own(root, tmp_path / "model", "--max_steps", "1")
+    rows = Dataset.from_dict({"text": TEXTS[:3], "label": [0, 1, 2]})
+    rows = rows.cast_column("label", ClassLabel(names=["yes", "no", "maybe"]))
+    rows.to_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(ValueError, match=r"classes are \['maybe', 'no', 'yes'\], .* their numbers differ"):
+        evaluate = ["--validation_files", tmp_path / "rows.parquet"]
+        run(root, tmp_path / "out", *evaluate, model=tmp_path / "model", common=LENGTH)
 
 
 @pytest.mark.parametrize(
@@ -373,6 +465,11 @@ def test_labels_that_are_no_class_are_refused(root, tmp_path, labels, message):
         (["--task_name", "rte", "--text_columns", "a", "b", "c"], "must name one or two columns"),
         (["--task_name", "rte", "--task_arguments", '{"rte": {"epochs": 1}}'], "'rte' has 'epochs', expected some"),
         (["--task_name", "rte", "--task_arguments", '{"rte": {"start_from": "mnli"}}'], "name both in `task_name`"),
+        (["--task_name", "rte", "--task_arguments", '{"ret": {}}'], "`task_arguments` names 'ret', which is no task"),
+        (["--task_name", "rte", "--task_arguments", '{"rte": {"learning_rate": "5e-5"}}'], "expected a number"),
+        (["--task_name", "rte", "--max_length", "65"], r"`max_length` \(65\) must be .* at most the 64 tokens"),
+        (["--task_name", "rte", "--max_eval_samples", "0"], r"`max_eval_samples` \(0\) must be at least 1"),
+        (["--task_name", "rte", "--push_to_hub"], "`push_to_hub` would upload checkpoints"),
         (["--task_name", "rte", "--seeds", "1", "1"], r"`seeds` \[1, 1\] names a run twice"),
         (["--task_name", "rte", "--merge_after", "cluster"], "no `merge_after` method 'cluster'"),
         (["--task_name", "rte", "--peft_rank", "0"], r"`peft_rank` \(0\) must be at least 1"),
@@ -410,7 +507,7 @@ def test_the_recipe_has_every_task():
     assert all(isinstance(values["learning_rate"], float) for values in tasks.values())
 
 
-@pytest.mark.skipif(not DATA.exists(), reason=f"needs {DATA}")
+@pytest.mark.skipif(not DATA.exists(), reason="needs real rows")
 @pytest.mark.parametrize("task", ["cola", "mrpc", "stsb"])
 def test_real_rows(root, tmp_path, task):
     model = ["--model_name_or_path", str(root / "model"), "--output_dir", str(tmp_path), "--task_name", task]
@@ -437,7 +534,9 @@ def test_runs_are_compared(root, tmp_path):
     lines = {name: cells for name, *cells in lines}
     assert lines["model, merged"][0] == f"{a['details']['merged_parameters'] / 1e6:.1f}M"
     mean, std = 100 * a["scores"]["sst2"], 100 * a["details"]["std"]["sst2"]
-    assert list(lines) == ["model", "model, merged", "majority", "TF-IDF", "bert", "bert (c)"]
+    assert list(lines) == ["model", "model, merged", "bert", "bert (c)", "majority", "TF-IDF"]
+    std = 100 * a["details"]["std"]["merged_sst2"]
+    assert lines["model, merged"][2] == f"{100 * a['scores']['merged_sst2']:.1f} ± {std:.1f}"
     assert lines["majority"][::2] == ["", "50.0"] and lines["bert"][1:] == ["", f"{100 * b['scores']['accuracy']:.1f}"]
     assert f"| {mean:.1f} ± {std:.1f} |" in table
     assert (tmp_path / "out" / "comparison.png").read_bytes().startswith(b"\x89PNG")

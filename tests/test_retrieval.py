@@ -1,17 +1,20 @@
 """Retrieval in BEIR's format: layouts and their faults, trec_eval's scores, search, encoding and training that resume."""
 
 import csv
-import importlib.util
 import json
 import math
-import sys
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import model_index_to_eval_results
 from safetensors.torch import load_file
+from test_training import DATA, load_script
 
 import modernalbert
 from modernalbert.tokenization import padded_vocab_size, save_tokenizer, train_tokenizer
@@ -40,9 +43,7 @@ from modernalbert.training.retrieval import (  # noqa: E402
 
 
 ROOT = Path(modernalbert.__file__).parent
-SCIFACT = next(
-    (path for root in (ROOT, Path("/work")) if (path := root / "shared" / "data" / "beir" / "scifact").is_dir()), None
-)
+SCIFACT = DATA / "beir" / "scifact"
 ANIMALS = ["fox", "dog", "cat", "owl", "hen", "bee", "ant", "eel"]
 PLACES = ["field", "river", "house", "cloud"]
 CORPUS = [
@@ -106,11 +107,7 @@ def model(encoder):
 
 @pytest.fixture(scope="module")
 def run_beir():
-    spec = importlib.util.spec_from_file_location("run_beir", ROOT / "scripts" / "run_beir.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["run_beir"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_script("run_beir")
 
 
 # ---- Reading
@@ -275,7 +272,7 @@ def test_bm25_by_hand():
     assert found[1][0] == pytest.approx([2 * score(4, 4, 1)])  # a word counts as often as the query has it
 
 
-@pytest.mark.skipif(SCIFACT is None, reason="shared/data/beir/scifact is not there")
+@pytest.mark.skipif(not SCIFACT.exists(), reason="needs real rows")
 def test_bm25_on_scifact():
     scores = mean_scores(evaluate_bm25(load_retrieval(str(SCIFACT), "test")))
     assert scores["ndcg_at_10"] == pytest.approx(0.659, abs=0.005)
@@ -358,15 +355,17 @@ TRAINING = ["--do_train", "--max_steps", "6", "--save_steps", "2", "--learning_r
 TRAINING += ["--per_device_train_batch_size", "4", "--query_prompt", "find: "]
 
 
-def test_training_and_evaluation(run_beir, encoder, folder, tmp_path):
+def test_training_and_evaluation(run_beir, encoder, folder, tmp_path, monkeypatch):
     more = ["--merge_after", "regression", "--bm25", "True", "--mini_batch_size", "2", "--seeds", "1", "2"]
-    scores = run_beir.main(arguments(encoder, folder, tmp_path, *TRAINING, *more))
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert results["scores"] == scores and next(iter(scores)) == "ndcg_at_10" and results["seeds"] == [1, 2]
-    assert scores["bm25_recall_at_100"] == 1 and all(0 <= value <= 1 for value in scores.values())
-    assert {"merged_mrr", "recall_at_100", "bm25_map"} < scores.keys()
-    seeds = results["details"]["seeds"]["model"]
-    assert len(seeds) == 2 and scores["mrr"] == pytest.approx((seeds[0]["mrr"] + seeds[1]["mrr"]) / 2)
+    results = run_beir.main(arguments(encoder, folder, tmp_path, *TRAINING, *more))
+    assert json.loads((tmp_path / "results.json").read_text()) == results and results["seeds"] == [1, 2]
+    scores, details = results["scores"], results["details"]
+    assert next(iter(scores)) == "ndcg_at_10" and {"merged_mrr", "recall_at_100"} < scores.keys()
+    assert all(0 <= value <= 1 for value in scores.values()) and details["baselines"]["BM25"]["recall_at_100"] == 1
+    first, second = details["by_seed"]["mrr"]
+    assert scores["mrr"] == pytest.approx((first + second) / 2) and details["std"]["mrr"] is not None
+    for name, prefix in (("ndcg_at_10 of queries", ""), ("merged ndcg_at_10 of queries", "merged_")):
+        assert np.mean(list(details[name].values())) == pytest.approx(scores[f"{prefix}ndcg_at_10"])
     assert str(tmp_path) not in (tmp_path / "results.json").read_text()
     assert SentenceTransformer(str(tmp_path / "seed-2" / "merged"))[0].auto_model.config.num_experts == 0
 
@@ -380,8 +379,25 @@ def test_training_and_evaluation(run_beir, encoder, folder, tmp_path):
     shard = load_file(trained / "embeddings" / "model" / "00000.safetensors")["embeddings"]
     torch.testing.assert_close(documents, shard)
 
-    with pytest.raises(FileExistsError, match="holds a finished run"):
-        run_beir.main(arguments(encoder, folder, tmp_path, *TRAINING, *more))
+    for path, prefix in ((trained / "model", ""), (trained / "merged", "merged_")):
+        card = ModelCard.load(path / "README.md")
+        own = json.loads((trained / "results.json").read_text())["scores"]
+        _, found = model_index_to_eval_results(card.data.to_dict()["model-index"])
+        assert {each.metric_name: each.metric_value for each in found} == pytest.approx(
+            {name: own[prefix + name] for name in retrieval.MEASURES}, abs=1e-4
+        )
+        assert not any(row["text"] in card.content for row in QUERIES)
+        assert json.loads((path / "tokenizer.json").read_text())["truncation"] is None
+        monkeypatch.chdir(trained)
+        exec(re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1], {})
+
+    compare = load_script("compare_results")
+    compare.main([str(tmp_path), "--output_dir", str(tmp_path / "compared")])
+    lines = (tmp_path / "compared" / "comparison.md").read_text().splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["tiny", "tiny, merged", "BM25"]
+
+    monkeypatch.setattr(run_beir, "build_model", None)
+    assert run_beir.main(arguments(encoder, folder, tmp_path, *TRAINING, *more)) == results
 
 
 def test_a_killed_training_goes_on(run_beir, encoder, folder, tmp_path, monkeypatch):
@@ -412,6 +428,12 @@ def test_a_killed_training_goes_on(run_beir, encoder, folder, tmp_path, monkeypa
     monkeypatch.setattr(run_beir, "train", None)
     (killed / "results.json").unlink()
     assert run_beir.main(arguments(encoder, folder, killed, *TRAINING)) == expected  # killed while evaluating
+    monkeypatch.undo()
+    (killed / "results.json").unlink()
+    shutil.rmtree(killed / "model")
+    assert (
+        run_beir.main(arguments(encoder, folder, killed, *TRAINING)) == expected
+    )  # killed before the model was saved
     one, other = (load_file(path / "model" / "model.safetensors") for path in (whole, killed))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
@@ -422,8 +444,8 @@ def test_zero_shot_of_any_encoder(run_beir, folder, encoder, tmp_path):
     AutoTokenizer.from_pretrained(encoder).save_pretrained(tmp_path / "bert")
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     BertModel(BertConfig(vocab_size=320, max_position_embeddings=64, **sizes)).save_pretrained(tmp_path / "bert")
-    scores = run_beir.main(arguments(tmp_path / "bert", folder, tmp_path / "out", "--pooling", "cls"))
-    assert scores.keys() == retrieval.MEASURES.keys()
+    results = run_beir.main(arguments(tmp_path / "bert", folder, tmp_path / "out", "--pooling", "cls"))
+    assert results["scores"].keys() == retrieval.MEASURES.keys() and results["model_type"] == "bert"
     saved = SentenceTransformer(str(tmp_path / "out" / "model"), device="cpu")
     text = saved.tokenizer("Fox", return_tensors="pt")
     first = saved[0].auto_model(**text).last_hidden_state[0, 0]

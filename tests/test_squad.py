@@ -4,14 +4,15 @@ import json
 import random
 import re
 import string
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset, load_dataset
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import model_index_to_eval_results
 from safetensors.torch import load_file
-from test_training import load_script
+from test_training import DATA, load_script
 from torch.testing import assert_close
 from transformers import BertConfig, BertForMaskedLM
 
@@ -23,8 +24,8 @@ from modernalbert.training.squad import (
     average_scores,
     best_spans,
     best_threshold,
-    check_lengths,
     check_rows,
+    check_windows,
     choose_answers,
     cut_questions,
     evaluate_rankings,
@@ -36,7 +37,7 @@ from modernalbert.training.squad import (
 )
 
 
-OFFICIAL = Path("/work/shared/data/squad_v2/validation.parquet")
+OFFICIAL = DATA / "squad_v2" / "validation.parquet"
 CONTEXT = (
     "The café “Zürich” opened in 1897 (some say 1,898). Its owner, José Núñez-Sánchez, sold 東京 tea at £2.50 a cup; "
     "the naïve critic wrote:   “It's the best!” In 1936 the house was torn down, and a hotel called A stands there now."
@@ -160,7 +161,7 @@ def corrupt(text, context, draw):
 def test_official_development_set():
     """Gold answers score 100; corrupted ones as by the reference, also at their best thresholds."""
     if not OFFICIAL.exists():
-        pytest.skip(f"needs {OFFICIAL}")
+        pytest.skip("needs real rows")
     rows = load_dataset("parquet", data_files={"validation": str(OFFICIAL)}, split="validation")
     check_rows(rows, "validation", unanswerable=True)
     golds = {row["id"]: row["answers"]["text"] for row in rows}
@@ -349,10 +350,9 @@ def test_sound_rows():
 
 
 def test_windows_that_would_not_move_on_are_refused(tokenizer):
-    config = modernalbert.ModernAlbertConfig()
-    check_lengths(tokenizer, config, 48, 28, 16)
+    check_windows(tokenizer, 48, 28, 16)
     with pytest.raises(ValueError, match=r"`doc_stride` \(29\) must be at least 0 and below the 29 tokens"):
-        check_lengths(tokenizer, config, 48, 29, 16)
+        check_windows(tokenizer, 48, 29, 16)
 
 
 @pytest.fixture(scope="module")
@@ -402,6 +402,12 @@ def test_script_v2(script, command, tmp_path, monkeypatch):
     best = {"best_f1", "best_f1_thresh", "best_exact", "best_exact_thresh"}
     assert set(results["details"]["best_threshold"]) == set(results["details"]["merged_best_threshold"]) == best
     assert not (whole / "training_args.bin").exists() and read(whole / "tokenizer.json")["truncation"] is None
+    for folder in (whole, whole / "merged"):  # usage runs as written, and the Hub reads the scores
+        card = ModelCard.load(folder / "README.md")
+        name, scores = model_index_to_eval_results(card.data.to_dict()["model-index"])
+        assert name == folder.name and {"f1", "exact_match"} <= {score.metric_type for score in scores}
+        monkeypatch.chdir(folder.parent)
+        exec(re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1], {})
 
     golds = {row["id"]: row["answers"]["text"] for row in ROWS}
     for folder, prefix in ((whole, ""), (whole / "merged", "merged_")):
@@ -432,7 +438,7 @@ def test_script_v2(script, command, tmp_path, monkeypatch):
     script.main(command(broken))
     assert_close(load_file(broken / "model.safetensors"), load_file(whole / "model.safetensors"), rtol=0, atol=0)
 
-    monkeypatch.setattr(script, "Questions", None)
+    monkeypatch.setattr(script, "make_features", None)
     assert script.main(command(whole, "--merge_after", "ema")) == results
     with pytest.raises(ValueError, match="other settings"):
         script.main(command(whole, "--merge_after", "ema", "--doc_stride", "4"))
@@ -484,7 +490,7 @@ def test_script_with_seeds_and_lora(script, command, tmp_path):
     [
         ([], [{key: row[key] for key in ("id", "question", "answers")} for row in ROWS], "have no column 'context'"),
         ([], [{**ROWS[0], "answers": {"text": ["1897"], "answer_start": [0]}}], "of 1 train rows none has its first"),
-        (["--max_length", "65"], ROWS, r"`max_length` \(65\) exceeds the 64 tokens"),
+        (["--max_length", "65"], ROWS, r"`max_length` \(65\) must be at least 1, and at most the 64 tokens"),
         (["--doc_stride", "29"], ROWS, "must be at least 0 and below the 29"),
         (["--n_best_size", "0"], ROWS, "must be at least 1"),
         (["--task_name", "squad_v3"], ROWS, "there is no task 'squad_v3'; the tasks are squad, squad_v2"),

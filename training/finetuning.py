@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
@@ -19,29 +18,28 @@ from transformers import (
     EarlyStoppingCallback,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
     ProgressCallback,
     Trainer,
-    TrainerState,
     TrainingArguments,
 )
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..merging_modernalbert import METHODS
+from ..tokenization import save_tokenizer
 from .callbacks import ROUTING_NAME, ConciseProgress, RoutingFrequencies, StopOnSignal
-from .checkpoints import RESULTS_NAME, check_output_dir, last_checkpoint, same_run, write_files
+from .cards import MERGED_NAME
+from .checkpoints import check_output_dir, is_complete, last_checkpoint, same_run, write_files
 from .merging import read_routing_weights
 from .pretraining import routing_statistics
 
 
 logger = logging.getLogger(__name__)
 
-TARGET_MODULES = (
-    "Wqkv",
-    "Wi",
-    "Wo",
-)  # of ModernALBERT and ModernBERT; a shared block has them once for all its depths
+# Of ModernALBERT and ModernBERT; a shared block has them once, for all its depths.
+TARGET_MODULES = ("Wqkv", "Wi", "Wo")
 ADAPTER_NAME = "adapter_config.json"
-MERGED_NAME = "merged"
 CALIBRATION_ROWS = 256  # of the training set, for the merging methods that look at text
 
 # Of transformers' arguments, those that scores depend on.
@@ -89,6 +87,9 @@ class FineTuningArguments:
             )
         if self.peft_rank < 1:
             raise ValueError(f"`peft_rank` ({self.peft_rank}) must be at least 1")
+        for name in ("max_train_samples", "max_eval_samples", "early_stopping_patience"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"`{name}` ({getattr(self, name)}) must be at least 1")
         for name in ("seeds", "learning_rates"):
             if len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise ValueError(f"`{name}` {getattr(self, name)} names a run twice")
@@ -106,6 +107,11 @@ def check_training(
         raise ValueError(
             f"{training_args.n_gpu} GPUs are visible to one process; start one process for each, with `torchrun "
             f"--nproc_per_node {training_args.n_gpu} ...`"
+        )
+    if training_args.push_to_hub:
+        raise ValueError(
+            "`push_to_hub` would upload checkpoints as well; upload what the finished folder holds beside them, with `hf "
+            "upload --exclude 'checkpoint-*'`, or the merged model with scripts/merge_experts.py"
         )
     if training_args.do_train and (Path(name) / ADAPTER_NAME).is_file():
         raise ValueError(f"'{name}' is a LoRA: fine-tune the model that it belongs to, or leave out `do_train`")
@@ -125,35 +131,61 @@ def check_training(
         )
 
 
-def check_rows(rows: Dataset, source: str, text_columns: Sequence[str], label_column: str) -> Dataset:
-    """The rows themselves, once each was seen to have its texts and a label.
+def check_max_length(name: str, length: int, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+    """Sees that inputs of so many tokens fit the model.
+
+    Args:
+        name: Of the argument, for the message.
+        length: Its value.
+        tokenizer: Its limit is the lower one where a model has positions that it does not use.
+        config: Of the model.
 
     Raises:
-        ValueError: A column is missing, or a row has nothing in it.
+        ValueError: They do not.
     """
-    for column in (*text_columns, label_column):
-        if column not in rows.column_names:
-            raise ValueError(f"{source} has no column '{column}', but {', '.join(map(repr, rows.column_names))}")
-        values = rows[column]
-        for index, value in enumerate(values):
-            if value is None or value != value:
-                raise ValueError(f"row {index} of {source} has no '{column}'; mend or drop that row")
-            if column == label_column and value == -1 and isinstance(value, int):
-                raise ValueError(f"row {index} of {source} has the label -1, as in test sets; give labelled rows")
-    return rows
+    longest = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", length))
+    if not 1 <= length <= longest:
+        raise ValueError(
+            f"`{name}` ({length}) must be at least 1, and at most the {longest} tokens that the model takes"
+        )
+
+
+def plan_runs(args: FineTuningArguments, training_args: TrainingArguments) -> list[TrainingArguments]:
+    """Arguments of one run for each seed and learning rate, each with a folder of its own in `output_dir`."""
+    runs = []
+    for seed in args.seeds or [training_args.seed]:
+        for rate in args.learning_rates or [training_args.learning_rate]:
+            run = copy.copy(training_args)
+            run.seed, run.learning_rate = seed, rate
+            run.output_dir = str(Path(training_args.output_dir) / f"seed-{seed}-lr-{rate:g}")
+            runs.append(run)
+    return runs
+
+
+def place_runs(runs: Sequence[TrainingArguments], root: str | Path) -> None:
+    """A single run writes into the root itself.
+
+    Raises:
+        FileExistsError: The root holds a single run, and there are several now.
+    """
+    if len(runs) == 1:
+        runs[0].output_dir = str(root)
+    elif (Path(root) / "arguments.json").exists():
+        raise FileExistsError(f"'{root}' holds a single run; choose another `output_dir` for {len(runs)} runs")
 
 
 def load_model(
-    auto_class: type, name: str, config: PreTrainedConfig, trust_remote_code: bool, **kwargs
+    auto_class: type, name: str, config: PreTrainedConfig, trust_remote_code: bool
 ) -> tuple[PreTrainedModel | PeftModel, list[str]]:
     """A model in float32, whatever its checkpoint holds, and the names of the tensors that the checkpoint lacks.
+
+    The head of another task counts as lacking.
 
     Args:
         auto_class: Auto class of the head.
         name: Hub name or folder, of a model or of a LoRA that [`fine_tune`] wrote.
         config: With the fields of the head.
         trust_remote_code: Whether the model may run its own code from the Hub.
-        **kwargs: As for `from_pretrained`.
     """
     adapted = (Path(name) / ADAPTER_NAME).is_file()
     base = PeftConfig.from_pretrained(name).base_model_name_or_path if adapted else name
@@ -163,7 +195,7 @@ def load_model(
         dtype="float32",
         trust_remote_code=trust_remote_code,
         output_loading_info=True,
-        **kwargs,
+        ignore_mismatched_sizes=True,
     )
     if adapted:
         return PeftModel.from_pretrained(model, name), []
@@ -261,38 +293,12 @@ class FineTuningTrainer(Trainer):
 
 
 def describe_run(args: FineTuningArguments, training_args: TrainingArguments, **others) -> dict[str, Any]:
-    """What the scores of one run depend on, beside its data."""
+    """What the scores of one run depend on."""
     names = ("max_train_samples", "max_eval_samples", "early_stopping_patience", "router_aux_loss_coef", "merge_after")
     names += ("peft", "peft_rank", "peft_target_modules") if args.peft else ("peft",)
     trained = {name: getattr(training_args, name) for name in SETTINGS} if training_args.do_train else {}
     settings = {**others, **{name: getattr(args, name) for name in names}, **trained}
     return json.loads(json.dumps(settings, default=str))
-
-
-def read_finished(folder: str | Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """What a finished run wrote; else None, and the folder is ready for the run, or for more of it.
-
-    Raises:
-        ValueError: The folder holds a run, or checkpoints of one, with other settings.
-    """
-    folder = Path(folder)
-    if not (folder / RESULTS_NAME).exists():
-        check_output_dir(folder)
-        same_run(folder, settings)
-        return None
-    path = folder / "arguments.json"
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    changed = [
-        f"{name}: {before.get(name)!r} before, {value!r} now"
-        for name, value in settings.items()
-        if before.get(name) != value
-    ]
-    if changed:
-        raise ValueError(
-            f"'{folder}' holds a finished run with other settings ({'; '.join(changed)}); choose another `output_dir` "
-            "or remove it"
-        )
-    return json.loads((folder / RESULTS_NAME).read_text(encoding="utf-8"))
 
 
 def fine_tune(
@@ -321,19 +327,14 @@ def fine_tune(
     if patience is not None:
         trainer.add_callback(EarlyStoppingCallback(patience))
         args.restore_callback_states_from_checkpoint = True  # how often the score did not improve
-    stop = StopOnSignal(trainer.accelerator)
-    trainer.add_callback(stop)
-    checkpoint = last_checkpoint(folder)
-    if checkpoint is not None and is_complete(checkpoint, patience):
-        args.num_train_epochs, args.max_steps = 0, -1  # Trainer would take one step more
-    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    if stop.stopped:
-        logger.warning("stopped at step %d; the same command goes on from there", trainer.state.global_step)
-        sys.exit(130)
+    train_to_the_end(trainer, patience)
 
     def write(draft: Path) -> None:
         trainer.save_model(str(draft))
         (draft / "training_args.bin").unlink(missing_ok=True)  # a pickle, with the paths of this machine
+        (draft / "README.md").unlink(missing_ok=True)  # PEFT's template, without a fact in it
+        write_tokenizer(trainer.processing_class, draft)
+        trainer.state.best_model_checkpoint = None  # a path of this machine
         trainer.state.save_to_json(str(draft / TRAINER_STATE_NAME))  # the log
         if isinstance(trainer.model, PeftModel):  # an adapter does not say how many classes its base has
             trainer.model.config.save_pretrained(draft)
@@ -343,12 +344,33 @@ def fine_tune(
     trainer.accelerator.wait_for_everyone()
 
 
-def is_complete(checkpoint: Path, patience: int | None) -> bool:
-    """Whether training had come to its end, or was stopped early, when a checkpoint was written."""
-    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-    stopping = state.stateful_callbacks.get(EarlyStoppingCallback.__name__, {"attributes": {}})["attributes"]
-    waited = stopping.get("early_stopping_patience_counter", 0)
-    return state.global_step >= state.max_steps or (patience is not None and waited >= patience)
+def train_to_the_end(trainer: Trainer, patience: int | None = None) -> None:
+    """Trains from the last complete checkpoint on, if there is one, to the last step or the early stop.
+
+    Raises:
+        SystemExit: Ctrl-C or SIGTERM stopped the run, after its checkpoint was written.
+    """
+    args = trainer.args
+    stop = StopOnSignal(trainer.accelerator)
+    trainer.add_callback(stop)
+    checkpoint = last_checkpoint(args.output_dir)
+    if checkpoint is not None and is_complete(checkpoint, 0, patience):
+        args.num_train_epochs, args.max_steps = 0, -1  # Trainer would take one step more
+    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    if stop.stopped:
+        logger.warning("stopped at step %d; the same command goes on from there", trainer.state.global_step)
+        sys.exit(130)
+
+
+def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Saves a tokenizer without the truncation and padding that the run set in it."""
+    if type(tokenizer) is PreTrainedTokenizerFast:  # the class that transformers 4 does not know by its new name
+        save_tokenizer(tokenizer, folder)
+        return
+    if tokenizer.is_fast:
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+    tokenizer.save_pretrained(folder)
 
 
 def merge_trained(trainer: FineTuningTrainer, model: PreTrainedModel | PeftModel, method: str) -> PreTrainedModel:
@@ -372,7 +394,7 @@ def merge_trained(trainer: FineTuningTrainer, model: PreTrainedModel | PeftModel
 
     def write(draft: Path) -> None:
         merged.save_pretrained(draft)
-        trainer.processing_class.save_pretrained(draft)
+        write_tokenizer(trainer.processing_class, draft)
 
     if trainer.args.should_save:
         (folder / MERGED_NAME).mkdir(exist_ok=True)

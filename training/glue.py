@@ -1,4 +1,4 @@
-"""What `scripts/run_glue.py` reads and reports: rows of GLUE tasks and of your own, scores of several runs, tables."""
+"""What `scripts/run_glue.py` reads and reports: rows of GLUE tasks and of your own, scores of several tasks, tables."""
 
 import json
 import statistics
@@ -13,9 +13,10 @@ from transformers import PreTrainedConfig
 
 from .cards import clean
 from .checkpoints import write_text
-from .data import load_files
-from .finetuning import FineTuningArguments, check_rows, format_markdown, format_score
+from .data import check_labelled, fingerprint, load_files
+from .finetuning import FineTuningArguments, format_markdown, format_score
 from .metrics import GLUE_MEAN, GLUE_TASKS, glue_mean, predict, score_baselines
+from .results import common, deviations
 
 
 # What `task_arguments` may set; `start_from` is a task of the same command, or a model.
@@ -65,11 +66,15 @@ class ClassificationArguments:
             raise ValueError(f"`text_columns` must name one or two columns, got {self.text_columns}")
         self.by_task = json.loads(self.task_arguments)
         for task, values in self.by_task.items():
-            for name in values:
+            if task not in (*GLUE_TASKS, *self.task_name):
+                raise ValueError(f"`task_arguments` names '{task}', which is no task")
+            for name, value in values.items():
                 if name not in TASK_ARGUMENTS:
                     raise ValueError(
                         f"`task_arguments` of '{task}' has '{name}', expected some of {', '.join(TASK_ARGUMENTS)}"
                     )
+                if name != "start_from" and not isinstance(value, int | float):  # YAML takes 5e-5 for a text
+                    raise ValueError(f"`task_arguments` of '{task}' has {value!r} as `{name}`, expected a number")
 
 
 @dataclass
@@ -108,7 +113,8 @@ def load_task(
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: A column is missing, or a row lacks a text or a label, or has a label that is no class.
+        ValueError: A column is missing, or a row lacks a text or a label, or has a label that is no class; or the data
+            and the trained classifier name their classes in another order.
     """
     if args.validation_files:
         columns, metrics, label = args.text_columns, None, args.label_column
@@ -125,8 +131,7 @@ def load_task(
             rows = load_files([source])
         else:
             rows, source = load_dataset("nyu-mll/glue", name, split=split), f"{split} of nyu-mll/glue {name}"
-        rows = check_rows(rows, source, columns, label)
-        return rows if label == "label" else rows.rename_column(label, "label")
+        return check_labelled(rows, source, columns, label)
 
     if trained is None and args.validation_files and not args.train_files:
         raise ValueError("`do_train` needs `train_files`")
@@ -139,7 +144,9 @@ def load_task(
     if "string" in feature.dtype:
         labels = list(trained.id2label.values()) if train is None else sorted(train.unique("label"))
     if train is None:
-        num_labels = trained.num_labels
+        num_labels, known = trained.num_labels, list(trained.id2label.values())
+        if labels is not None and sorted(labels) == sorted(known) and labels != known:
+            raise ValueError(f"the model's classes are {known}, those of '{name}' {labels}: their numbers differ")
     else:
         num_labels = 1 if regression else max(2, len(labels or ()) or max(train["label"]) + 1)
         train = number_labels(train, f"train of task '{name}'", labels, num_labels)
@@ -169,16 +176,6 @@ def number_labels(rows: Dataset, source: str, labels: list[str] | None, num_labe
     return rows.remove_columns("label").add_column("label", values)
 
 
-@dataclass(frozen=True)
-class Run:
-    """One task, seed and learning rate, and the folder that is its own."""
-
-    task: str
-    seed: int
-    learning_rate: float
-    folder: Path
-
-
 def write_predictions(path: Path, logits: np.ndarray, expected: np.ndarray, labels: list[str] | None) -> None:
     """One JSON object a row, in the order of the rows, whole or not at all; classes by name where they have one."""
     lines = []
@@ -190,78 +187,46 @@ def write_predictions(path: Path, logits: np.ndarray, expected: np.ndarray, labe
 
 
 def describe_data(args: ClassificationArguments, task: Task) -> dict[str, Any]:
-    """What results say about the rows."""
+    """What results say about the rows, those that were taken."""
     parts = {"train": task.train, **{f"validation{end}": rows for end, rows in task.validation.items()}}
     facts = {
-        name: {"rows": len(rows), "fingerprint": rows._fingerprint} for name, rows in parts.items() if rows is not None
+        name: {"rows": len(rows), "fingerprint": fingerprint(rows)} for name, rows in parts.items() if rows is not None
     }
     source = [*args.train_files, *args.validation_files] or args.data_dir or "nyu-mll/glue"
     return {"source": clean(source), **facts}
 
 
-def best_rate(runs: dict[Run, dict], task: str) -> float:
-    """Learning rate whose mean main score over the seeds is best, on the validation rows that are reported."""
-    scores = defaultdict(list)
-    for run, results in runs.items():
-        if run.task == task:
-            scores[run.learning_rate].append(next(iter(results["scores"].values())))
-    return max(scores, key=lambda rate: statistics.mean(scores[rate]))
+def combine(summaries: dict[str, dict[str, Any]], tasks: dict[str, Task]) -> dict[str, Any]:
+    """What `results.json` says of several tasks: the main score of each, and before them their mean, if all are there.
 
-
-def summarise(runs: dict[Run, dict], tasks: dict[str, Task], data: dict[str, Any]) -> dict[str, Any]:
-    """What `results.json` says of several runs: means over the seeds, at each task's best learning rate.
-
-    Of several tasks it has the main score of each, and before them their mean, if all that it takes are there.
+    Args:
+        summaries: See [`~training.results.summarise`], by task.
+        tasks: The tasks, by their names.
     """
-    rates = {task: best_rate(runs, task) for task in tasks}
-    chosen = {
-        task: [runs[run] for run in runs if (run.task, run.learning_rate) == (task, rates[task])] for task in tasks
-    }
-    seeds = [results["seeds"][0] for results in next(iter(chosen.values()))]
-    by_seed = {
-        task: {name: [results["scores"][name] for results in part] for name in part[0]["scores"]}
-        for task, part in chosen.items()
-    }
-    details = {
-        "runs": [
-            {"task": run.task, "seed": run.seed, "learning_rate": run.learning_rate, "scores": results["scores"]}
-            for run, results in runs.items()
-        ],
-        "learning_rates": {
-            task: {"best": rates[task], "of": sorted({r.learning_rate for r in runs if r.task == task})}
-            for task in tasks
-        },
-        "tasks": by_seed,
-    }
-    if len(tasks) > 1:
-        flat = {}
-        for prefix in ("", "merged_"):
-            figures = {
-                f"{prefix}{task}": values[prefix + tasks[task].metrics[0]]
-                for task, values in by_seed.items()
-                if prefix + tasks[task].metrics[0] in values
-            }
-            plain = {name.removeprefix(prefix): values for name, values in figures.items()}
-            means = [glue_mean({name: values[i] for name, values in plain.items()}) for i in range(len(seeds))]
-            flat |= ({f"{prefix}mean": means} if None not in means else {}) | figures
-    else:
-        (flat,) = by_seed.values()
-    details["std"] = {name: statistics.stdev(values) if len(seeds) > 1 else None for name, values in flat.items()}
-    first = next(iter(runs.values()))
-    for name in ("milliseconds_per_row", "merged_milliseconds_per_row", "merged_parameters"):
+    first = next(iter(summaries.values()))
+    seeds, flat = first["seeds"], {}
+    for prefix in ("", "merged_"):
+        figures = {}
+        for task, summary in summaries.items():
+            values = summary["details"]["by_seed"]
+            if (main := prefix + tasks[task].metrics[0]) in values:
+                figures[task] = values[main]
+        means = [glue_mean({task: values[place] for task, values in figures.items()}) for place in range(len(seeds))]
+        named = {f"{prefix}{task}": values for task, values in figures.items()}
+        flat |= ({f"{prefix}mean": means} if None not in means else {}) | named
+    details = {"std": deviations(flat), "tasks": {task: summary["details"] for task, summary in summaries.items()}}
+    for name in ("milliseconds_per_row", "merged_milliseconds_per_row"):
         if name in first["details"]:
-            details[name] = statistics.mean(results["details"][name] for results in runs.values())
-
-    def same(name: str) -> bool:
-        return all(results["settings"].get(name) == first["settings"][name] for results in runs.values())
-
+            details[name] = statistics.mean(summary["details"][name] for summary in summaries.values())
+    for name in ("merged_parameters", "eval_batch_size"):  # of the first task, as the parameters of the model itself
+        if name in first["details"]:
+            details[name] = first["details"][name]
     return {
         **first,
-        "task": "glue" if len(tasks) > 1 else next(iter(tasks)),
+        "task": "glue",
         "scores": {name: statistics.mean(values) for name, values in flat.items()},
-        "seeds": seeds,
-        "data": data,
-        "settings": {name: value for name, value in first["settings"].items() if same(name)},
+        "data": {task: summary["data"] for task, summary in summaries.items()},
+        "settings": common([summary["settings"] for summary in summaries.values()], "data"),
         "details": details,
     }
 
@@ -298,8 +263,9 @@ def to_markdown(results: dict[str, Any], tasks: dict[str, Task]) -> str:
     if results["task"] == "glue":
         missing = ", ".join(task for task in GLUE_MEAN if task not in tasks)
         notes.append(f"mean: of {', '.join(GLUE_MEAN)}" + (f"; left out, for want of {missing}." if missing else "."))
-    if any(len(rates["of"]) > 1 for rates in results["details"].get("learning_rates", {}).values()):
+    details = results["details"].get("tasks", {"": results["details"]})
+    if any(len(each.get("learning_rates", ())) > 1 for each in details.values()):
         notes.append("Learning rates were chosen on the rows that the scores are of.")
     if results["settings"].get("load_best_model_at_end"):
-        notes.append("So were checkpoints." if len(notes) > 3 else "Checkpoints were chosen on the same rows.")
+        notes.append("Checkpoints were chosen on the rows that the scores are of.")
     return format_markdown(["score", results["model"], *baselines], rows) + "\n" + "\n".join(notes) + "\n"

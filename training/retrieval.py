@@ -21,6 +21,7 @@ from sklearn.feature_extraction.text import CountVectorizer
 from tqdm.auto import tqdm
 
 from .checkpoints import write_files
+from .data import fingerprint
 
 
 logger = logging.getLogger(__name__)
@@ -97,7 +98,11 @@ def load_retrieval(source: str, split: str) -> RetrievalSet:
     logger.info("%s, %s: %s", source, split, ", ".join(f"{count} {name}" for name, count in counts.items() if count))
     if counts["judgements"] == counts["judgements of documents that the corpus lacks"]:
         raise ValueError(f"the corpus of '{source}' has none of the documents that judgements '{split}' name")
-    facts = {"source": source, "split": split, **counts, "fingerprint": corpus._fingerprint}
+    judged = Dataset.from_dict(
+        {"query": [texts[query] for query in qrels], "found": list(map(json.dumps, qrels.values()))}
+    )
+    prints = f"{fingerprint(corpus)}-{fingerprint(judged)}"
+    facts = {"source": source, "split": split, **counts, "fingerprint": prints}
     return RetrievalSet(corpus, {query: texts[query] for query in qrels}, qrels, facts)
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 from datasets import Dataset
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 
 COLUMNS = ("id", "context", "question", "answers")
@@ -88,23 +88,16 @@ def cut_questions(questions: Sequence[str], tokenizer: PreTrainedTokenizerBase, 
     ]
 
 
-def check_lengths(
-    tokenizer: PreTrainedTokenizerBase,
-    config: PreTrainedConfig,
-    max_length: int,
-    doc_stride: int,
-    max_question_length: int,
+def check_windows(
+    tokenizer: PreTrainedTokenizerBase, max_length: int, doc_stride: int, max_question_length: int
 ) -> None:
-    """Sees that windows fit the model and move on; for the lengths see [`make_features`].
+    """Sees that windows move on; for the lengths see [`make_features`].
 
     Raises:
         ValueError: They do not, or the tokenizer gives no offsets.
     """
     if not tokenizer.is_fast:
         raise ValueError(f"{type(tokenizer).__name__} gives no offsets; load its fast counterpart")
-    longest = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", max_length))
-    if max_length > longest:
-        raise ValueError(f"`max_length` ({max_length}) exceeds the {longest} tokens that the model takes; lower it")
     room = max_length - max_question_length - tokenizer.num_special_tokens_to_add(pair=True)
     if not 0 <= doc_stride < room:
         raise ValueError(
