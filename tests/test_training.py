@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers import AutoModelForSequenceClassification
 
 import modernalbert
@@ -148,6 +149,17 @@ def test_pretraining(pretrained):
 def test_pretraining_refuses(pretrained, tmp_path, extra, message):
     with pytest.raises(ValueError, match=message):
         load_script("pretrain").main([*pretrained[1], "--output_dir", str(tmp_path), *extra])
+
+
+def test_fields_of_a_trained_model_can_be_overridden(pretrained, tokenizer):
+    pretrain = load_script("pretrain")
+    start = {"tokenizer": "", "train_data": [], "model_name_or_path": str(pretrained[0] / "model")}
+    overrides = json.dumps({"router_aux_loss_coef": 0.5})
+    model = pretrain.build_model(pretrain.PretrainingArguments(**start, config_overrides=overrides), tokenizer)
+    assert model.config.router_aux_loss_coef == 0.5
+    with pytest.raises(StrictDataclassClassValidationError, match="`router_jitter_noise`"):
+        overrides = json.dumps({"router_jitter_noise": -1})
+        pretrain.build_model(pretrain.PretrainingArguments(**start, config_overrides=overrides), tokenizer)
 
 
 def test_fine_tuning_merging_and_export(pretrained, tmp_path):
