@@ -27,15 +27,17 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from modernalbert import ModernAlbertForMaskedLM
+from modernalbert.training.callbacks import ROUTING_NAME
 from modernalbert.training.checkpoints import write_text
 from modernalbert.training.data import PackedCollator, TokenMasker, load_files, load_texts, mask_rows, pack_texts
-from modernalbert.training.merging import evaluate
+from modernalbert.training.merging import evaluate, read_routing_weights
 
 
 FULL = 1_000_000  # more than any matrix has: no limit to the rank
 METHODS = {
     "drop": {"method": "drop"},
     "uniform": {"method": "uniform"},
+    "ema": {"method": "ema"},
     "svd": {"method": "svd"},
     "cat": {"method": "cat"},
     "frequency": {"method": "frequency"},
@@ -44,12 +46,15 @@ METHODS = {
     "cluster to 4": {"method": "cluster", "num_experts": 4},
     "cluster to 2": {"method": "cluster", "num_experts": 2},
 }
-BEFORE = ("drop", "uniform", "svd", "regression, full rank")  # methods to fine-tune from, beside routed
+BEFORE = ("drop", "uniform", "svd", "cat", "regression, full rank")  # methods to fine-tune from, beside routed
 
 
 def merge(model: PreTrainedModel, name: str, batches: list[dict]) -> PreTrainedModel:
-    """A merged copy; `routed` is the model itself."""
-    return model if name == "routed" else copy.deepcopy(model).merge_experts(batches=batches, **METHODS[name])
+    """A merged copy, `ema` with what training wrote into the model's folder; `routed` is the model itself."""
+    if name == "routed":
+        return model
+    weights = read_routing_weights(Path(model.name_or_path) / ROUTING_NAME, model.config) if name == "ema" else None
+    return copy.deepcopy(model).merge_experts(batches=batches, weights=weights, **METHODS[name])
 
 
 def packed_batches(args: Namespace, tokenizer, sources: list[str], rows: int, masked: bool) -> list[dict]:
@@ -73,6 +78,8 @@ def masked_lm_losses(args: Namespace, folder: str) -> dict[str, float]:
     routed = ModernAlbertForMaskedLM.from_pretrained(folder).eval()
     losses = {}
     for name in ("routed", *METHODS):
+        if name == "ema" and not (Path(folder) / ROUTING_NAME).exists():
+            continue
         model = merge(routed, name, calibration)
         model.config.sparse_prediction = True
         losses[name] = evaluate(model, validation)["loss"]
