@@ -33,7 +33,6 @@ from modernalbert.training.data import PackedCollator, TokenMasker, load_files, 
 from modernalbert.training.merging import evaluate, read_routing_weights
 
 
-FULL = 1_000_000  # more than any matrix has: no limit to the rank
 METHODS = {
     "drop": {"method": "drop"},
     "uniform": {"method": "uniform"},
@@ -42,11 +41,11 @@ METHODS = {
     "cat": {"method": "cat"},
     "frequency": {"method": "frequency"},
     "regression": {"method": "regression"},
-    "regression, full rank": {"method": "regression", "rank": FULL},
+    "regression, experts' rank": {"method": "regression", "fold": False},
     "cluster to 4": {"method": "cluster", "num_experts": 4},
     "cluster to 2": {"method": "cluster", "num_experts": 2},
 }
-BEFORE = ("drop", "uniform", "svd", "cat", "regression, full rank")  # methods to fine-tune from, beside routed
+BEFORE = ("drop", "uniform", "svd", "cat", "regression")  # methods to fine-tune from, beside routed
 
 
 def merge(model: PreTrainedModel, name: str, batches: list[dict]) -> PreTrainedModel:
