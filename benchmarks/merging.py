@@ -24,9 +24,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from modernalbert import ModernAlbertForMaskedLM
+from modernalbert.mixture_modernalbert import ModernAlbertExperts
 from modernalbert.training.callbacks import ROUTING_NAME
 from modernalbert.training.checkpoints import write_text
 from modernalbert.training.data import PackedCollator, TokenMasker, load_files, load_texts, mask_rows, pack_texts
@@ -164,6 +166,21 @@ def task_scores(args: Namespace, folder: str, task: dict, output_dir: Path, seed
     return {"fine-tune, then merge": after, "merge, then fine-tune": before}
 
 
+@torch.no_grad()
+def compare_experts(folder: str) -> tuple[float, float]:
+    """Of the products `B_e A_e`, means over layers and projections: cosine of two, and norm of the mean to that of one."""
+    cosines, norms = [], []
+    for module in ModernAlbertForMaskedLM.from_pretrained(folder).modules():
+        if isinstance(module, ModernAlbertExperts):
+            for A, B in ((module.in_A, module.in_B), (module.out_A, module.out_B)):
+                products = (B @ A).flatten(1)  # [E, out * in]
+                norms.append((products.mean(dim=0).norm() / products.norm(dim=1).mean()).item())
+                units = F.normalize(products, dim=1)
+                pairs = len(units) * (len(units) - 1)
+                cosines.append((((units @ units.T).sum() - len(units)) / pairs).item())
+    return statistics.mean(cosines), statistics.mean(norms)
+
+
 def run_job(args: Namespace, seed: int, name: str) -> None:
     folder = args.models[seed]
     path = args.output_dir / f"{seed}-{name}.json"
@@ -184,7 +201,7 @@ def summarise(args: Namespace, tasks: list[str]) -> None:
     }
     seeds = range(len(args.models))
 
-    def row(title: str, values: list[list[float]], routed: list[list[float]], scale: float, digits: int) -> str:
+    def to_cells(title: str, values: list[list[float]], routed: list[list[float]], scale: float, digits: int) -> str:
         cells = []
         for own, reference in zip(values, routed, strict=True):
             differences = [scale * (a - b) for a, b in zip(own, reference, strict=True)]
@@ -194,19 +211,22 @@ def summarise(args: Namespace, tasks: list[str]) -> None:
         return f"| {title} | " + " | ".join(cells) + " |"
 
     lines = ["| method | masked-LM loss | recovered |", "|---|---|---|"]
-    losses = {name: [read[seed, "mlm"][name] for seed in seeds] for name in ("routed", *METHODS)}
-    for name, values in losses.items():
-        gaps = [
-            (drop - value) / (drop - routed)
-            for value, drop, routed in zip(values, losses["drop"], losses["routed"], strict=True)
-        ]
-        lines.append(row(name, [values], [losses["routed"]], 1, 4) + f" {statistics.mean(gaps):.0%} |")
+    for name in ("routed", *METHODS):
+        rows = [read[seed, "mlm"] for seed in seeds if name in read[seed, "mlm"]]  # `ema` needs a file of the training
+        if not rows:
+            continue
+        share = statistics.mean((row["drop"] - row[name]) / (row["drop"] - row["routed"]) for row in rows)
+        title = name if len(rows) == len(seeds) else f"{name}, {len(rows)} of {len(seeds)} models"
+        cells = to_cells(title, [[row[name] for row in rows]], [[row["routed"] for row in rows]], 1, 4)
+        lines.append(cells + f" {share:.0%} |")
     for order, names in (("fine-tune, then merge", METHODS), ("merge, then fine-tune", BEFORE)):
         lines += ["", f"| {order} | " + " | ".join(tasks) + " |", "|---" * (len(tasks) + 1) + "|"]
         routed = [[read[seed, task][order]["routed"] for seed in seeds] for task in tasks]
         for name in ("routed", *names):
             values = [[read[seed, task][order][name] for seed in seeds] for task in tasks]
-            lines.append(row(name, values, routed, 100, 1))
+            lines.append(to_cells(name, values, routed, 100, 1))
+    cosines, norms = (statistics.mean(values) for values in zip(*map(compare_experts, args.models), strict=True))
+    lines += ["", f"Corrections of two experts: cosine {cosines:.3f}; norm of their mean to that of one: {norms:.3f}."]
     text = "\n".join(lines) + "\n"
     write_text(args.output_dir / "merging.md", text)
     write_text(
