@@ -25,6 +25,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from evaluation import to_flags
+from pretraining import run
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from modernalbert import ModernAlbertForMaskedLM
@@ -89,30 +91,15 @@ def masked_lm_losses(args: Namespace, folder: str) -> dict[str, float]:
 
 def fine_tune(args: Namespace, model: str | Path, task: dict, output_dir: Path, seed: int) -> float:
     """Runs `scripts/run_glue.py`; returns its first metric."""
-    script = Path(__file__).parents[1] / "scripts" / "run_glue.py"
-    flags = [
-        part
-        for name, value in task.items()
-        for part in (f"--{name}", *(value if isinstance(value, list) else [value]))
-    ]
-    command = [
-        *(
-            sys.executable,
-            str(script),
-            "--model_name_or_path",
-            str(model),
-            "--output_dir",
-            str(output_dir),
-            "--do_train",
-        ),
-        *("--per_device_train_batch_size", "32", "--per_device_eval_batch_size", "64", "--learning_rate", "5e-4"),
+    run(
+        "run_glue",
+        *("--model_name_or_path", str(model), "--output_dir", str(output_dir)),
+        *("--do_train", "--learning_rate", "5e-4"),
+        *("--per_device_train_batch_size", "32", "--per_device_eval_batch_size", "64"),
         *("--num_train_epochs", str(args.epochs), "--warmup_steps", "0.1", "--max_length", "96", "--seed", str(seed)),
         *("--save_strategy", "no", "--report_to", "none", "--use_cpu", "true", "--disable_tqdm", "true"),
-        *("--dataloader_pin_memory", "false", *flags),
-    ]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr[-3000:]}")
+        *("--dataloader_pin_memory", "false", *to_flags(task)),
+    )
     return next(iter(json.loads((output_dir / "results.json").read_text())["scores"].values()))
 
 

@@ -290,9 +290,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
         trainer.add_callback(ConciseProgress())
 
     try:
-        if checkpoint is not None and is_complete(
-            checkpoint, training_args.max_steps
-        ):  # Trainer would take one step more
+        # Of a finished run Trainer would take one step more.
+        if checkpoint is not None and is_complete(checkpoint, training_args.max_steps):
             trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
             trainer._load_from_checkpoint(str(checkpoint))
         else:

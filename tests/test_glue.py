@@ -507,7 +507,7 @@ def test_the_recipe_has_every_task():
     assert all(isinstance(values["learning_rate"], float) for values in tasks.values())
 
 
-@pytest.mark.skipif(not DATA.exists(), reason="needs real rows")
+@pytest.mark.skipif(not DATA.exists(), reason="needs GLUE's rows: name their folder in MODERNALBERT_DATA")
 @pytest.mark.parametrize("task", ["cola", "mrpc", "stsb"])
 def test_real_rows(root, tmp_path, task):
     model = ["--model_name_or_path", str(root / "model"), "--output_dir", str(tmp_path), "--task_name", task]

@@ -272,7 +272,7 @@ def test_bm25_by_hand():
     assert found[1][0] == pytest.approx([2 * score(4, 4, 1)])  # a word counts as often as the query has it
 
 
-@pytest.mark.skipif(not SCIFACT.exists(), reason="needs real rows")
+@pytest.mark.skipif(not SCIFACT.exists(), reason="needs SciFact's rows: name their folder in MODERNALBERT_DATA")
 def test_bm25_on_scifact():
     scores = mean_scores(evaluate_bm25(load_retrieval(str(SCIFACT), "test")))
     assert scores["ndcg_at_10"] == pytest.approx(0.659, abs=0.005)

@@ -161,7 +161,7 @@ def corrupt(text, context, draw):
 def test_official_development_set():
     """Gold answers score 100; corrupted ones as by the reference, also at their best thresholds."""
     if not OFFICIAL.exists():
-        pytest.skip("needs real rows")
+        pytest.skip("needs SQuAD's rows: name their folder in MODERNALBERT_DATA")
     rows = load_dataset("parquet", data_files={"validation": str(OFFICIAL)}, split="validation")
     check_rows(rows, "validation", unanswerable=True)
     golds = {row["id"]: row["answers"]["text"] for row in rows}
