@@ -307,8 +307,11 @@ def merge_experts(
     states = [None] * len(blocks)
     if METHODS[method][1] == "text":
         states = collect_states(model, [block.mlp for block in blocks], batches)
-    # One rank for both projections, which no matrix of either exceeds.
-    rank = min(rank or config.expert_rank, config.hidden_size, config.mol_intermediate_size)
+    # One rank for both projections, which no matrix of either exceeds: where nothing is gained by a lower one, this.
+    full = min(config.hidden_size, config.mol_intermediate_size)
+    if rank is None:
+        rank = full if fold and METHODS[method][1] == "text" else config.expert_rank
+    rank = min(rank, full)
     for index, block in enumerate(blocks):
         wide = torch.promote_types(block.mlp.Wi.weight.dtype, torch.float32)
         mixture = copy.deepcopy(block.mlp).eval().to(wide)

@@ -461,8 +461,8 @@ class ModernAlbertPreTrainedModel(PreTrainedModel):
                 (`num_experts=0`), or kept beside them (`num_experts=1`). `"cluster"` leaves experts and a router.
             weights: Of every expert of every MoL group, for `"ema"`, `"svd"` and `"cat"`; default: even.
             batches: Calibration text, for `"frequency"`, `"regression"` and `"cluster"`: inputs of the encoder.
-            rank: Of the adapter, for `"svd"`, `"frequency"` and `"regression"`, cut to the width of the layer;
-                default: the experts'. Folded, any rank costs the same.
+            rank: Of the adapter, for `"svd"`, `"frequency"` and `"regression"`, cut to the width of the layer.
+                Default: the experts', and for the latter two, folded, no limit, since any rank costs the same there.
             num_experts: Experts that `"cluster"` leaves.
             inplace: Whether this model is merged, or a copy of it.
 

@@ -3,8 +3,10 @@
     python benchmarks/ablation.py --train_data "prose/train-*.parquet" --validation_data prose/validation.parquet \
         --tasks tasks.json --output_dir runs/benchmark-ablation
 
-Every variant is pretrained from scratch on the same tokens, by `scripts/pretrain.py`: with the first seed at each of
-`--learning_rates`, then with all `--seeds` at its best rate, so that none is compared at the rate of another.
+Every variant is pretrained on the same tokens, by `scripts/pretrain.py`: with the first seed at each of
+`--learning_rates`, then with all `--seeds` at its best rate, so that none is compared at the rate of another. They start
+from scratch, or with `--teacher` from the layers of a ModernBERT, by `scripts/init_from_teacher.py`; only `depth_lora`
+takes its LoRAs from there as well (as Relaxed Recursive Transformers do), experts begin as corrections of nothing.
 `unshared` has the widths of the others, and weights for every layer it runs; it says what sharing costs. Variants that
 end in `-matched` are brought to the parameters of `mol`. With `--tasks`, written as for `benchmarks/merging.py`, the
 models are then fine-tuned.
@@ -26,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from merging import cut, fine_tune
-from pretraining import pretrain, read_curve, train_tokenizer
+from pretraining import pretrain, read_curve, run, train_tokenizer
 from scipy.stats import t
 
 from modernalbert import ModernAlbertConfig, ModernAlbertModel
@@ -69,6 +71,7 @@ def overrides(name: str, preset: str, vocab_size: int) -> dict[str, Any]:
     elif name.endswith("-matched"):
         config = ModernAlbertConfig.preset(preset, **sizes, **fields).match_parameters(base.num_parameters())
         fields |= {field: getattr(config, field) for field in ("expert_rank", "mol_intermediate_size")}
+        fields["expert_alpha"] = base.expert_alpha * config.expert_rank / base.expert_rank  # the scale of `mol`
     return fields
 
 
@@ -76,13 +79,35 @@ def run_folder(args: Namespace, name: str, rate: float, seed: int) -> Path:
     return args.output_dir / f"{name}-{args.steps}-{rate:g}-{seed}"
 
 
+def shape(args: Namespace, name: str) -> tuple[str, ...]:
+    """Arguments of a script that builds a variant."""
+    fields = overrides(name, args.preset, padded_vocab_size(load_tokenizer(args.output_dir / "tokenizer")))
+    return ("--preset", args.preset, "--config_overrides", json.dumps(fields))
+
+
+def start_folder(args: Namespace, name: str, seed: int) -> Path:
+    return args.output_dir / f"{name}-start-{seed}"
+
+
+def initialise(args: Namespace, name: str, seed: int) -> None:
+    """A variant that starts from the teacher, unless it is there."""
+    folder = start_folder(args, name, seed)
+    if not folder.exists():
+        experts = "svd" if VARIANTS[name].get("ffn_modulation") == "depth_lora" else "zero"
+        source = ("--teacher", args.teacher, "--experts", experts, "--seed", str(seed))
+        run("init_from_teacher", *source, *shape(args, name), "--output_dir", str(folder))
+
+
 def train(args: Namespace, name: str, rate: float, seed: int) -> None:
     """One run of pretraining, unless it has ended before."""
-    start, folder = time.perf_counter(), run_folder(args, name, rate, seed)
-    fields = overrides(name, args.preset, padded_vocab_size(load_tokenizer(args.output_dir / "tokenizer")))
+    begin, folder = time.perf_counter(), run_folder(args, name, rate, seed)
     settings = Namespace(**{**vars(args), "learning_rate": rate})
-    pretrain(settings, folder, args.steps, seed, "--preset", args.preset, "--config_overrides", json.dumps(fields))
-    print(f"{folder.name}: {read_losses(folder)}, {time.perf_counter() - start:.0f} s", flush=True)
+    if args.teacher:
+        model = ("--model_name_or_path", str(start_folder(args, name, seed)))
+    else:
+        model = shape(args, name)
+    pretrain(settings, folder, args.steps, seed, *model)
+    print(f"{folder.name}: {read_losses(folder)}, {time.perf_counter() - begin:.0f} s", flush=True)
 
 
 def read_losses(folder: Path) -> dict[str, float]:
@@ -198,7 +223,7 @@ def collect(args: Namespace, tasks: list[str]) -> dict[str, Any]:
                 measures.setdefault(f"masked-LM loss, {source}", {}).setdefault(name, []).append(loss)
         for task in tasks:
             found = [best_run(args, name, seed, task) / "results.json" for seed in args.seeds]
-            scores = [100 * next(iter(json.loads(path.read_text()).values())) for path in found]
+            scores = [100 * next(iter(json.loads(path.read_text())["scores"].values())) for path in found]
             measures.setdefault(task, {})[name] = scores
     measures = {measure: summarise(values, measure in tasks) for measure, values in measures.items()}
     return {"tokens": args.steps * 8 * LENGTH, "seeds": args.seeds, "variants": variants, "measures": measures}
@@ -283,6 +308,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--train_data", nargs="+", required=True)
     parser.add_argument("--validation_data", nargs="+", required=True)
+    parser.add_argument("--teacher", help="ModernBERT to start from; from scratch without one")
     parser.add_argument("--tasks", help="JSON file, see above")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/benchmark-ablation"))
     parser.add_argument("--preset", choices=PRESETS, default="nano", help="shape, of which the variants differ")
@@ -298,7 +324,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     os.environ["OMP_NUM_THREADS"] = "1"
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    train_tokenizer(args)
+    if args.teacher:
+        load_tokenizer(args.teacher).save_pretrained(args.output_dir / "tokenizer")
+        run_all(args, initialise, [(name, seed) for name in args.variants for seed in args.seeds])
+    else:
+        train_tokenizer(args)
     run_all(args, train, [(name, rate, args.seeds[0]) for name in args.variants for rate in args.learning_rates])
     rates = {name: next(iter(sweep(args, name))) for name in args.variants}
     run_all(args, train, [(name, rates[name], seed) for seed in args.seeds[1:] for name in args.variants])

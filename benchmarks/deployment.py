@@ -5,8 +5,9 @@
     python benchmarks/deployment.py --model runs/tiny --text held_out.jsonl     # masked-LM loss instead
 
 The first form compares with transformers' ModernBERT of the same depth, hidden width and layer types, its feed-forward
-layers as wide as ours are on average. Rows are timed in turn, A B C A B C ..., all with the same number of threads; a
-figure is the median. `--model` takes a masked language model with or without experts, whose folder has a tokenizer.
+layers as wide as ours are on average, and a folded model with one of its shape that never had experts. Rows are timed in
+turn, A B C A B C ..., all with the same number of threads; a figure is the median, a ratio the median of the ratios
+within a turn. `--model` takes a masked language model with or without experts, whose folder has a tokenizer.
 Output is Markdown.
 """
 
@@ -101,7 +102,9 @@ def benchmark_latency(preset: str, repeats: int) -> list[list[str]]:
     bert = ModernBertForSequenceClassification(modernbert_config(config)).eval()
     ours = forms_of(model)
     folded = ours["folded, PyTorch fp32"]
-    models = {BASE: bert, "ModernBERT, PyTorch bf16": half(bert), **ours, "folded, PyTorch bf16": half(folded)}
+    plain = type(model)(ModernAlbertConfig.preset(preset, num_experts=0)).eval()
+    models = {BASE: bert, "ModernBERT, PyTorch bf16": half(bert), **ours}
+    models |= {"never had experts, PyTorch fp32": plain, "folded, PyTorch bf16": half(folded)}
     sizes = {name: megabytes(model) for name, model in models.items()}
     runs = {name: in_torch(model) for name, model in models.items()}
     with tempfile.TemporaryDirectory() as folder:

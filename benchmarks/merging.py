@@ -15,6 +15,7 @@ A job that has ended is not repeated. Writes `merging.json` and a Markdown table
 import copy
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -23,32 +24,40 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from evaluation import to_flags
+from pretraining import run
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from modernalbert import ModernAlbertForMaskedLM
+from modernalbert.mixture_modernalbert import ModernAlbertExperts
+from modernalbert.training.callbacks import ROUTING_NAME
 from modernalbert.training.checkpoints import write_text
 from modernalbert.training.data import PackedCollator, TokenMasker, load_files, load_texts, mask_rows, pack_texts
-from modernalbert.training.merging import evaluate
+from modernalbert.training.merging import evaluate, read_routing_weights
 
 
-FULL = 1_000_000  # more than any matrix has: no limit to the rank
 METHODS = {
     "drop": {"method": "drop"},
     "uniform": {"method": "uniform"},
+    "ema": {"method": "ema"},
     "svd": {"method": "svd"},
     "cat": {"method": "cat"},
     "frequency": {"method": "frequency"},
     "regression": {"method": "regression"},
-    "regression, full rank": {"method": "regression", "rank": FULL},
+    "regression, experts' rank": {"method": "regression", "fold": False},
     "cluster to 4": {"method": "cluster", "num_experts": 4},
     "cluster to 2": {"method": "cluster", "num_experts": 2},
 }
-BEFORE = ("drop", "uniform", "svd", "regression, full rank")  # methods to fine-tune from, beside routed
+BEFORE = ("drop", "uniform", "svd", "cat", "regression")  # methods to fine-tune from, beside routed
 
 
 def merge(model: PreTrainedModel, name: str, batches: list[dict]) -> PreTrainedModel:
-    """A merged copy; `routed` is the model itself."""
-    return model if name == "routed" else copy.deepcopy(model).merge_experts(batches=batches, **METHODS[name])
+    """A merged copy, `ema` with what training wrote into the model's folder; `routed` is the model itself."""
+    if name == "routed":
+        return model
+    weights = read_routing_weights(Path(model.name_or_path) / ROUTING_NAME, model.config) if name == "ema" else None
+    return copy.deepcopy(model).merge_experts(batches=batches, weights=weights, **METHODS[name])
 
 
 def packed_batches(args: Namespace, tokenizer, sources: list[str], rows: int, masked: bool) -> list[dict]:
@@ -72,6 +81,8 @@ def masked_lm_losses(args: Namespace, folder: str) -> dict[str, float]:
     routed = ModernAlbertForMaskedLM.from_pretrained(folder).eval()
     losses = {}
     for name in ("routed", *METHODS):
+        if name == "ema" and not (Path(folder) / ROUTING_NAME).exists():
+            continue
         model = merge(routed, name, calibration)
         model.config.sparse_prediction = True
         losses[name] = evaluate(model, validation)["loss"]
@@ -80,31 +91,16 @@ def masked_lm_losses(args: Namespace, folder: str) -> dict[str, float]:
 
 def fine_tune(args: Namespace, model: str | Path, task: dict, output_dir: Path, seed: int) -> float:
     """Runs `scripts/run_glue.py`; returns its first metric."""
-    script = Path(__file__).parents[1] / "scripts" / "run_glue.py"
-    flags = [
-        part
-        for name, value in task.items()
-        for part in (f"--{name}", *(value if isinstance(value, list) else [value]))
-    ]
-    command = [
-        *(
-            sys.executable,
-            str(script),
-            "--model_name_or_path",
-            str(model),
-            "--output_dir",
-            str(output_dir),
-            "--do_train",
-        ),
-        *("--per_device_train_batch_size", "32", "--per_device_eval_batch_size", "64", "--learning_rate", "5e-4"),
+    run(
+        "run_glue",
+        *("--model_name_or_path", str(model), "--output_dir", str(output_dir)),
+        *("--do_train", "--learning_rate", "5e-4"),
+        *("--per_device_train_batch_size", "32", "--per_device_eval_batch_size", "64"),
         *("--num_train_epochs", str(args.epochs), "--warmup_steps", "0.1", "--max_length", "96", "--seed", str(seed)),
         *("--save_strategy", "no", "--report_to", "none", "--use_cpu", "true", "--disable_tqdm", "true"),
-        *("--dataloader_pin_memory", "false", *flags),
-    ]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr[-3000:]}")
-    return next(iter(json.loads((output_dir / "results.json").read_text()).values()))
+        *("--dataloader_pin_memory", "false", *to_flags(task)),
+    )
+    return next(iter(json.loads((output_dir / "results.json").read_text())["scores"].values()))
 
 
 def cut(task: dict, folder: Path, args: Namespace) -> dict:
@@ -150,10 +146,26 @@ def task_scores(args: Namespace, folder: str, task: dict, output_dir: Path, seed
         start = output_dir / "merged"
         merged.save_pretrained(start)
         tokenizer.save_pretrained(start)
+        shutil.rmtree(output_dir / "tuned", ignore_errors=True)  # of another method
         fine_tune(args, start, task, output_dir / "tuned", seed)
         tuned = AutoModelForSequenceClassification.from_pretrained(output_dir / "tuned").eval()
         before[name] = score(tuned)
     return {"fine-tune, then merge": after, "merge, then fine-tune": before}
+
+
+@torch.no_grad()
+def compare_experts(folder: str) -> tuple[float, float]:
+    """Of the products `B_e A_e`, means over layers and projections: cosine of two, and norm of the mean to that of one."""
+    cosines, norms = [], []
+    for module in ModernAlbertForMaskedLM.from_pretrained(folder).modules():
+        if isinstance(module, ModernAlbertExperts):
+            for A, B in ((module.in_A, module.in_B), (module.out_A, module.out_B)):
+                products = (B @ A).flatten(1)  # [E, out * in]
+                norms.append((products.mean(dim=0).norm() / products.norm(dim=1).mean()).item())
+                units = F.normalize(products, dim=1)
+                pairs = len(units) * (len(units) - 1)
+                cosines.append((((units @ units.T).sum() - len(units)) / pairs).item())
+    return statistics.mean(cosines), statistics.mean(norms)
 
 
 def run_job(args: Namespace, seed: int, name: str) -> None:
@@ -176,7 +188,7 @@ def summarise(args: Namespace, tasks: list[str]) -> None:
     }
     seeds = range(len(args.models))
 
-    def row(title: str, values: list[list[float]], routed: list[list[float]], scale: float, digits: int) -> str:
+    def to_cells(title: str, values: list[list[float]], routed: list[list[float]], scale: float, digits: int) -> str:
         cells = []
         for own, reference in zip(values, routed, strict=True):
             differences = [scale * (a - b) for a, b in zip(own, reference, strict=True)]
@@ -186,19 +198,22 @@ def summarise(args: Namespace, tasks: list[str]) -> None:
         return f"| {title} | " + " | ".join(cells) + " |"
 
     lines = ["| method | masked-LM loss | recovered |", "|---|---|---|"]
-    losses = {name: [read[seed, "mlm"][name] for seed in seeds] for name in ("routed", *METHODS)}
-    for name, values in losses.items():
-        gaps = [
-            (drop - value) / (drop - routed)
-            for value, drop, routed in zip(values, losses["drop"], losses["routed"], strict=True)
-        ]
-        lines.append(row(name, [values], [losses["routed"]], 1, 4) + f" {statistics.mean(gaps):.0%} |")
+    for name in ("routed", *METHODS):
+        rows = [read[seed, "mlm"] for seed in seeds if name in read[seed, "mlm"]]  # `ema` needs a file of the training
+        if not rows:
+            continue
+        share = statistics.mean((row["drop"] - row[name]) / (row["drop"] - row["routed"]) for row in rows)
+        title = name if len(rows) == len(seeds) else f"{name}, {len(rows)} of {len(seeds)} models"
+        cells = to_cells(title, [[row[name] for row in rows]], [[row["routed"] for row in rows]], 1, 4)
+        lines.append(cells + f" {share:.0%} |")
     for order, names in (("fine-tune, then merge", METHODS), ("merge, then fine-tune", BEFORE)):
         lines += ["", f"| {order} | " + " | ".join(tasks) + " |", "|---" * (len(tasks) + 1) + "|"]
         routed = [[read[seed, task][order]["routed"] for seed in seeds] for task in tasks]
         for name in ("routed", *names):
             values = [[read[seed, task][order][name] for seed in seeds] for task in tasks]
-            lines.append(row(name, values, routed, 100, 1))
+            lines.append(to_cells(name, values, routed, 100, 1))
+    cosines, norms = (statistics.mean(values) for values in zip(*map(compare_experts, args.models), strict=True))
+    lines += ["", f"Corrections of two experts: cosine {cosines:.3f}; norm of their mean to that of one: {norms:.3f}."]
     text = "\n".join(lines) + "\n"
     write_text(args.output_dir / "merging.md", text)
     write_text(

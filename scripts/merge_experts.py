@@ -69,7 +69,12 @@ class MergingArguments:
         default="folded",
         metadata={"help": "folded: into the shared weights; adapter: beside them, for PEFT; routed: fewer experts."},
     )
-    rank: int | None = field(default=None, metadata={"help": "Rank of the merged adapter; default: the experts'."})
+    rank: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rank of the adapter; default: the experts', for frequency and regression, folded, no limit."
+        },
+    )
     num_experts: int | None = field(default=None, metadata={"help": "Experts that method `cluster` leaves."})
     calibration_data: list[str] = field(
         default_factory=list, metadata={"help": "Texts to see routing on: files, globs or data sets of the Hub."}

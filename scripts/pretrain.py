@@ -91,7 +91,7 @@ class PretrainingArguments:
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Model to train further, with its weights."}
     )
-    config_overrides: str = field(default="{}", metadata={"help": "Fields of a new model's configuration, as JSON."})
+    config_overrides: str = field(default="{}", metadata={"help": "Fields of the configuration to change, as JSON."})
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa (default), flash_attention_2, ..."})
     validation_data: list[str] = field(
         default_factory=list, metadata={"help": "Texts to evaluate on, each with a loss of its own."}
@@ -138,8 +138,9 @@ def build_model(args: PretrainingArguments, tokenizer: PreTrainedTokenizerBase) 
             model takes.
     """
     shared = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
+    overrides = json.loads(args.config_overrides)
     if args.model_name_or_path is not None:
-        config = AutoConfig.from_pretrained(args.model_name_or_path)
+        config = AutoConfig.from_pretrained(args.model_name_or_path, **overrides)
     else:
         overrides = {
             "vocab_size": padded_vocab_size(tokenizer),
@@ -148,7 +149,7 @@ def build_model(args: PretrainingArguments, tokenizer: PreTrainedTokenizerBase) 
             "cls_token_id": tokenizer.cls_token_id,
             "eos_token_id": tokenizer.sep_token_id,
             "sep_token_id": tokenizer.sep_token_id,
-            **json.loads(args.config_overrides),
+            **overrides,
         }
         if args.preset is not None:
             config = ModernAlbertConfig.preset(args.preset, **overrides)
@@ -164,7 +165,7 @@ def build_model(args: PretrainingArguments, tokenizer: PreTrainedTokenizerBase) 
             f"the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}; is it the model's own?"
         )
     if args.model_name_or_path is not None:
-        model = AutoModelForMaskedLM.from_pretrained(args.model_name_or_path, dtype="float32", **shared)
+        model = AutoModelForMaskedLM.from_pretrained(args.model_name_or_path, config=config, dtype="float32", **shared)
     else:
         model = AutoModelForMaskedLM.from_config(config, **shared)
     # The head needs to run at masked positions only, here and in no later use of the model.
@@ -289,9 +290,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
         trainer.add_callback(ConciseProgress())
 
     try:
-        if checkpoint is not None and is_complete(
-            checkpoint, training_args.max_steps
-        ):  # Trainer would take one step more
+        # Of a finished run Trainer would take one step more.
+        if checkpoint is not None and is_complete(checkpoint, training_args.max_steps):
             trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
             trainer._load_from_checkpoint(str(checkpoint))
         else:

@@ -208,8 +208,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
         "masked-LM loss of a unigram model": unigram_loss(files, tokenizer),
         "masked-LM loss at the end": pretraining["eval_loss"],
         "accuracy of the majority": max(Counter(labels).values()) / len(labels),
-        "accuracy routed": routed["accuracy"],
-        "accuracy merged": merged["accuracy"],
+        "accuracy routed": routed["scores"]["accuracy"],
+        "accuracy merged": merged["scores"]["accuracy"],
         "parameters": pretraining["parameters"],
         "seconds": time.perf_counter() - start,
     }

@@ -1,3 +1,5 @@
+import gc
+
 import pytest
 import torch
 
@@ -53,6 +55,15 @@ def fill_randomly(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 def build_model(model_class: type = ModernAlbertModel, *, dtype=torch.float32, seed: int = 0, **overrides):
     """A tiny model with random weights, in evaluation mode."""
     return fill_randomly(model_class(build_config(**overrides)), seed).to(dtype).eval()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen_imports():
+    """Every training collects garbage several times; what imports have made need not be looked through each time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

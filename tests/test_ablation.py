@@ -93,7 +93,7 @@ def finished(ablation, args):
         for seed, score in enumerate(SCORES[name]):
             folder = ablation.best_run(args, name, seed, "sst2")
             folder.mkdir()
-            (folder / "results.json").write_text(json.dumps({"accuracy": score}))
+            (folder / "results.json").write_text(json.dumps({"scores": {"accuracy": score}}))
 
 
 def test_figures_of_the_runs(ablation, args, finished):

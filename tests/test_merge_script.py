@@ -261,7 +261,19 @@ def test_fewer_experts_reload(root, tmp_path, no_check):
 
 def test_weights_seen_in_training_merge_by_ema(root, tmp_path, no_check):
     files = ["--train_files", root / "rows.jsonl", "--validation_files", root / "rows.jsonl"]
-    task = [*files, "--text_columns", "a", "b", "--label_column", "y", "--do_train", "--max_steps", 2]
+    task = [
+        *files,
+        "--text_columns",
+        "a",
+        "b",
+        "--label_column",
+        "y",
+        "--max_length",
+        64,
+        "--do_train",
+        "--max_steps",
+        2,
+    ]
     task += ["--use_cpu", "True", "--report_to", "none", "--disable_tqdm", "True"]
     start = ["--model_name_or_path", root / "classifier", "--output_dir", tmp_path / "trained"]
     load_script("run_glue").main([str(value) for value in [*start, *task]])

@@ -282,12 +282,22 @@ def layer_error(model, merged):
 def test_regression_is_closer_to_the_routed_layer_than_any_mean(make_model):
     model = make_model(dtype=torch.float64)
     errors = {
-        method: layer_error(model, copy.deepcopy(model).merge_experts(method, batches=TEXT))
+        method: layer_error(model, copy.deepcopy(model).merge_experts(method, batches=TEXT, rank=3))
         for method in ("uniform", "svd", "cat", "frequency", "regression", "drop")
     }
     assert errors["regression"] < 0.9 * min(error for method, error in errors.items() if method != "regression")
     wider = layer_error(model, copy.deepcopy(model).merge_experts("regression", batches=TEXT, rank=20))
     assert wider < errors["regression"]
+
+
+@pytest.mark.parametrize(("method", "limited"), [("svd", True), ("frequency", False), ("regression", False)])
+def test_folded_methods_that_look_at_text_have_no_limit_to_the_rank(make_model, method, limited):
+    model = make_model(dtype=torch.float64)
+    merged = copy.deepcopy(model).merge_experts(method, batches=TEXT)
+    change = torch.linalg.matrix_rank(merged.layers[1].mlp.Wi.weight - model.layers[1].mlp.Wi.weight, rtol=1e-9)
+    assert (change <= model.config.expert_rank) == limited
+    kept = copy.deepcopy(model).merge_experts(method, fold=False, batches=TEXT)
+    assert kept.config.expert_rank == model.config.expert_rank
 
 
 def test_frequency_takes_the_weights_of_the_router(make_model):
@@ -301,7 +311,7 @@ def test_frequency_takes_the_weights_of_the_router(make_model):
             for weight, expert in zip(weights[0], experts[0], strict=True):
                 used[expert] += weight / len(inputs)
     expected = copy.deepcopy(model).merge_experts("svd", weights=[used.tolist()])
-    torch.testing.assert_close(states(model.merge_experts("frequency", batches=TEXT)), states(expected))
+    torch.testing.assert_close(states(model.merge_experts("frequency", batches=TEXT, rank=3)), states(expected))
 
 
 def test_drop_leaves_the_shared_layer(make_model):

@@ -26,7 +26,7 @@ from modernalbert.training.report import write_report
 
 
 ROOT = Path(modernalbert.__file__).parent
-RECIPES = {path.stem: path for path in (ROOT / "recipes").glob("*.yaml") if path.stem != "fsdp"}
+RECIPES = {path.stem: path for path in (ROOT / "recipes").glob("*.yaml") if path.stem not in ("fsdp", "glue")}
 PAPER = sorted(set(PRESETS) - {"nano"})
 
 

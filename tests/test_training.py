@@ -2,12 +2,14 @@
 
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers import AutoModelForSequenceClassification
 
 import modernalbert
@@ -17,7 +19,10 @@ from modernalbert.training.data import PackedCollator, find_files, load_files, p
 from modernalbert.training.metrics import compute_metrics
 
 
-SCRIPTS = Path(modernalbert.__file__).parent / "scripts"
+ROOT = Path(modernalbert.__file__).parent
+SCRIPTS = ROOT / "scripts"
+# Real rows, laid out as on the Hub; the few tests that look at some are skipped where there are none.
+DATA = Path(os.environ.get("MODERNALBERT_DATA") or ROOT.parent / "shared" / "data")
 TEXTS = [
     "The quick brown fox jumps over the lazy dog.",
     "",
@@ -146,6 +151,17 @@ def test_pretraining_refuses(pretrained, tmp_path, extra, message):
         load_script("pretrain").main([*pretrained[1], "--output_dir", str(tmp_path), *extra])
 
 
+def test_fields_of_a_trained_model_can_be_overridden(pretrained, tokenizer):
+    pretrain = load_script("pretrain")
+    start = {"tokenizer": "", "train_data": [], "model_name_or_path": str(pretrained[0] / "model")}
+    overrides = json.dumps({"router_aux_loss_coef": 0.5})
+    model = pretrain.build_model(pretrain.PretrainingArguments(**start, config_overrides=overrides), tokenizer)
+    assert model.config.router_aux_loss_coef == 0.5
+    with pytest.raises(StrictDataclassClassValidationError, match="`router_jitter_noise`"):
+        overrides = json.dumps({"router_jitter_noise": -1})
+        pretrain.build_model(pretrain.PretrainingArguments(**start, config_overrides=overrides), tokenizer)
+
+
 def test_fine_tuning_merging_and_export(pretrained, tmp_path):
     rows = [{"a": text, "b": "x", "y": n % 3} for n, text in enumerate(TEXTS[3:])]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -162,7 +178,7 @@ def test_fine_tuning_merging_and_export(pretrained, tmp_path):
     config = AutoModelForSequenceClassification.from_pretrained(merged).config
     assert config.num_experts == 0 and not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
     evaluation = ["--model_name_or_path", merged, "--output_dir", str(tmp_path / "evaluated")]
-    assert 0 <= run_glue.main([*evaluation, *task])["accuracy"] <= 1
+    assert 0 <= run_glue.main([*evaluation, *task])["scores"]["accuracy"] <= 1
 
     with pytest.raises(FileExistsError, match="exists and is not empty"):
         merge_experts.main(["--model_name_or_path", model, "--output_dir", merged])

@@ -17,6 +17,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from transformers import PreTrainedModel
 
 from ..configuration_modernalbert import ModernAlbertConfig
 from .checkpoints import write_text
@@ -26,6 +27,8 @@ from .data import READERS
 ROOT = Path(__file__).parents[1]
 TEMPLATE = ROOT / "model_cards" / "pretrained.md"
 MERGED_TEMPLATE = ROOT / "model_cards" / "merged.md"
+FINETUNED_TEMPLATE = ROOT / "model_cards" / "finetuned.md"
+MERGED_NAME = "merged"
 TAGS = ["modernalbert", "recursive-transformer", "mixture-of-loras", "masked-lm", "encoder"]
 
 # What each head is for, as the Hub calls it.
@@ -36,6 +39,9 @@ PIPELINES = {
     "ModernAlbertForTokenClassification": "token-classification",
     "ModernAlbertForQuestionAnswering": "question-answering",
 }
+
+# Where the Hub has other names for our metrics.
+METRICS = {"pearson": "pearsonr", "spearman": "spearmanr", "exact": "exact_match"}
 
 # A folder of this machine: the whole of a text, or inside one; `//` starts the host of a URL, which stays.
 WHOLE_PATH = re.compile(r"(/(?!/)|~|\.{1,2}/|file:|[A-Za-z]:[\\/]|\\\\)")
@@ -176,6 +182,100 @@ def write_merged_card(folder: str | Path, name: str, head: str, source: str, rep
     path = Path(folder) / "README.md"
     write_text(path, str(card))
     return path
+
+
+def write_finetuned_cards(
+    folder: str | Path,
+    *,
+    task: str,
+    model_name: str,
+    model: PreTrainedModel,
+    scores: dict[str, float],
+    data: dict[str, Any],
+    seed: int,
+    settings: dict[str, Any],
+    details: dict[str, Any],
+    pairs: bool = False,
+) -> None:
+    """Writes `README.md` into the folder of a fine-tuned model and, where that is, of its merged form.
+
+    Args:
+        folder: Of the run; of an encoder without a head the model is in `model`, and the merged one always in `merged`.
+        task: See [`~training.results.write_results`], as for the others.
+        model_name: Hub id or folder of the model that the run started from.
+        model: The fine-tuned model.
+        scores: Those of the merged model begin with `merged_`.
+        data: By split, with a `source` for all of them or one each.
+        seed: Of the run.
+        settings: Of the run.
+        details: Has `merged_parameters` where the model was merged.
+        pairs: Whether a classifier takes two texts.
+    """
+    parts = {name: facts for name, facts in data.items() if name != "source"}
+    parts = {name: {"source": data.get("source"), **facts} for name, facts in parts.items()}
+    sources = {source for facts in parts.values() for source in [facts["source"]] if isinstance(source, str)}
+    dataset = next(iter(sources)) if len(sources) == 1 and hub_id(next(iter(sources))) else None
+    head = type(getattr(model, "get_base_model", lambda: model)()).__name__
+    answering, retrieving = head.endswith("ForQuestionAnswering"), "For" not in head
+    kind = "sentence-similarity" if retrieving else "question-answering" if answering else "text-classification"
+    model_type = model.config.model_type
+    recipe = {name: value for name, value in clean(settings).items() if name != "data" and value not in (None, [])}
+    values = {
+        "task": task,
+        "base": clean(model_name),
+        "model_type": model_type,
+        "kind": kind,
+        "auto_class": "AutoModel" + head[head.find("For") :],
+        "remote": ", trust_remote_code=True" if getattr(model.config, "auto_map", None) else "",
+        "pairs": pairs,
+        "answers": task == "squad_v2" if answering else None,
+        "seed": seed,
+        "settings": settings,
+        "hub": dataset is not None,
+        "data": clean(parts),
+        "environment": environment(),
+        "recipe": yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).strip(),
+    }
+    own_folder = Path(folder) / "model" if retrieving else Path(folder)
+    for prefix, path in (("", own_folder), ("merged_", Path(folder) / MERGED_NAME)):
+        own = {name: value for name, value in scores.items() if name.startswith("merged_") == bool(prefix)}
+        if not own:
+            continue
+        own = {name.removeprefix(prefix): value for name, value in own.items()}
+        lora = settings.get("peft", False) and not prefix
+        results = [
+            EvalResult(
+                task_type="text-retrieval" if retrieving else kind,
+                dataset_type=dataset or "local-files",  # not the Hub's data set of the same name
+                dataset_name=f"{dataset or 'local files'}: {task}",
+                dataset_config=task if dataset and kind == "text-classification" else None,
+                dataset_split=settings.get("split", "validation") + "_mismatched" * name.endswith("_mismatched"),
+                metric_type=METRICS.get(name, name),
+                metric_name=name,
+                metric_value=round(value, 4),
+            )
+            for name, value in own.items()
+        ]
+        card = ModelCardData(
+            library_name="peft" if lora else "sentence-transformers" if retrieving else "transformers",
+            pipeline_tag=kind,
+            tags=([tag for tag in TAGS if tag != "masked-lm"] if model_type == "modernalbert" else [])
+            + (["lora"] if lora else [])
+            + (["merge"] if prefix else []),
+            base_model=hub_id(model_name),
+            datasets=[dataset] if dataset else None,
+            eval_results=results,
+            model_name=path.name,
+        )
+        facts = {
+            "name": path.name,
+            "scores": own,
+            "lora": lora,
+            "merged": settings["merge_after"] if prefix else None,
+            "parameters": details["merged_parameters"] if prefix else model.num_parameters(),
+        }
+        text = ModelCard.from_template(card, template_path=str(FINETUNED_TEMPLATE), **values, **facts)
+        write_text(path / "README.md", str(text))
 
 
 def evaluation_results(facts: PretrainingFacts) -> list[EvalResult]:

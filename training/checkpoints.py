@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from transformers import EarlyStoppingCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -70,9 +71,16 @@ def last_checkpoint(folder: str | Path) -> Path | None:
     return max(complete)[1] if complete else None
 
 
-def is_complete(checkpoint: Path, max_steps: int) -> bool:
-    """Whether a checkpoint is of the last step: of `max_steps`, or where these are not given, of the run that wrote it."""
+def is_complete(checkpoint: Path, max_steps: int, patience: int | None = None) -> bool:
+    """Whether a checkpoint is of the last step: of `max_steps`, or where these are not given, of the run that wrote it.
+
+    With `patience`, also one that was written when so many evaluations in a row had brought no better score.
+    """
     state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+    if patience is not None:
+        stopping = state["stateful_callbacks"].get(EarlyStoppingCallback.__name__, {"attributes": {}})
+        if stopping["attributes"].get("early_stopping_patience_counter", 0) >= patience:
+            return True
     return state["global_step"] >= (max_steps if max_steps > 0 else state["max_steps"])
 
 
@@ -114,7 +122,12 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_files(folder: str | Path, write: Callable[[Path], None]) -> None:
-    """Lets `write` fill a folder of its own, and moves each of its finished files into `folder`."""
+    """Lets `write` fill a folder of its own, and moves each of its finished files into `folder`.
+
+    What a killed process left of such a folder is removed first.
+    """
+    for left in Path(folder).glob(".draft-*"):
+        shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".draft-") as draft:
         write(Path(draft))
         for path in sorted(Path(draft).iterdir()):

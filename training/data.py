@@ -1,6 +1,8 @@
 """Texts from local files or the Hub, packed into rows that hold several texts each, and masked."""
 
 import glob
+import hashlib
+import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -52,15 +54,39 @@ def load_labelled(patterns: Sequence[str], text_columns: Sequence[str], label_co
 
     Raises:
         FileNotFoundError: A pattern matches no file.
-        ValueError: A column is missing, or a row has no label; and what [`load_files`] raises.
+        ValueError: What [`load_files`] and [`check_labelled`] raise.
     """
-    rows = load_files(patterns)
+    return check_labelled(load_files(patterns), ", ".join(patterns), text_columns, label_column)
+
+
+def check_labelled(rows: Dataset, source: str, text_columns: Sequence[str], label_column: str) -> Dataset:
+    """Texts and labels alone, the latter in a column `label`, once each row was seen to have them.
+
+    Raises:
+        ValueError: There are no rows, a column is missing, or a row lacks a text or a label.
+    """
+    if len(rows) == 0:
+        raise ValueError(f"{source} has no rows")
     for column in (*text_columns, label_column):
         if column not in rows.column_names:
-            raise ValueError(f"there is no column '{column}', but {', '.join(map(repr, rows.column_names))}")
-        if None in rows.unique(column):
-            raise ValueError(f"column '{column}' is empty in row {rows[column].index(None)}; mend or drop that row")
+            raise ValueError(f"{source} has no column '{column}', but {', '.join(map(repr, rows.column_names))}")
+        for index, value in enumerate(rows[column]):
+            if value is None or value != value:
+                raise ValueError(f"row {index} of {source} has no '{column}'; mend or drop that row")
+            if column != label_column and not isinstance(value, str):
+                raise ValueError(f"row {index} of {source} has {value!r} as '{column}', expected a text")
+            if column == label_column and value == -1 and isinstance(value, int):
+                raise ValueError(f"row {index} of {source} has the label -1, as in test sets; give labelled rows")
+    rows = rows.select_columns([*text_columns, label_column])
     return rows if label_column == "label" else rows.rename_column(label_column, "label")
+
+
+def fingerprint(rows: Dataset) -> str:
+    """Hash of what the rows hold; that of `datasets` is of the files' paths and times."""
+    digest = hashlib.sha256()
+    for batch in rows.iter(1000):
+        digest.update(json.dumps(batch, sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:16]
 
 
 def open_files(patterns: Sequence[str], streaming: bool = False) -> Iterator[Dataset | IterableDataset]:
