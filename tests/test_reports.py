@@ -215,6 +215,23 @@ def test_card_says_what_was_done(tmp_path, facts):
         assert len({line.count("|") for line in table.splitlines()}) == 1
 
 
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({}, "of which a token takes 2, router `top_k`"),
+        ({"router_type": "soft"}, "8 experts of rank 16, router `soft`"),
+        ({"ffn_modulation": "moa"}, "with a mixture of adapters in the shared"),
+        ({"ffn_modulation": "depth_lora"}, "| LoRA for every depth | groups 5, 6 (from 0): rank 16 |"),
+        ({"ffn_modulation": "none"}, "share weights in groups. Pretrained"),
+    ],
+)
+def test_card_names_what_modulates_the_shared_layers(tmp_path, facts, fields, said):
+    config = modernalbert.ModernAlbertConfig.preset("tiny", **fields)
+    text = ModelCard.load(write_card(tmp_path, dataclasses.replace(facts, config=config))).text
+    routed = config.ffn_modulation == "mol"
+    assert said in text and ("Mixture of LoRAs |" in text) == ("merge_experts" in text) == routed
+
+
 def test_card_of_a_run_without_anything_optional(tmp_path, facts):
     nothing = {"teacher": None, "initialised_from": None, "eval_losses": {}, "train_losses": {}, "preset": None}
     config = modernalbert.ModernAlbertConfig.preset("tiny", num_experts=0)

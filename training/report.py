@@ -48,7 +48,8 @@ PAGE = """<!doctype html>
 :root {{ color-scheme: light dark; font: 15px/1.4 system-ui, sans-serif; }}
 body {{ max-width: 75rem; margin: 2rem auto; padding: 0 1rem; }}
 svg {{ width: 100%; height: auto; }}
-th, td {{ padding: 0 1.5rem 0 0; text-align: left; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }}
+table {{ display: block; overflow-x: auto; }}
+th, td {{ padding: 0 1.5rem 0 0; text-align: left; font-variant-numeric: tabular-nums; }}
 </style>
 <h1>{title}</h1>
 {body}
