@@ -490,6 +490,21 @@ def test_what_does_not_go_together_is_refused(root, tmp_path, arguments, message
         )
 
 
+def test_experts_that_cannot_merge_are_refused_before_training(root, tmp_path):
+    for name, changed in {"moa": {"ffn_modulation": "moa"}, "depth": {"router_type": "depth"}}.items():
+        shutil.copytree(root / "model", tmp_path / name)
+        config = AutoConfig.from_pretrained(root / "model", **changed)
+        ModernAlbertForMaskedLM(config).save_pretrained(tmp_path / name)
+    for name, method, message in (
+        ("moa", "uniform", "only a Mixture of LoRAs can be merged"),
+        ("depth", "regression", "`router_type` is 'depth'; use 'uniform'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            own(root, tmp_path / "out", "--merge_after", method, model=tmp_path / name)
+        assert not list((tmp_path / "out").glob("**/*.safetensors"))
+    assert "merged_accuracy" in own(root, tmp_path / "out", "--merge_after", "uniform", model=tmp_path / "depth")["scores"]
+
+
 def test_a_single_run_is_not_overwritten_by_several(root, tmp_path):
     own(root, tmp_path)
     with pytest.raises(FileExistsError, match="holds a single run; choose another `output_dir` for 2 runs"):
