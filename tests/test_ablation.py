@@ -12,6 +12,7 @@ import pytest
 
 import modernalbert
 from modernalbert import ModernAlbertConfig
+from modernalbert.tokenization import save_tokenizer, train_tokenizer
 
 
 BENCHMARKS = Path(modernalbert.__file__).parent / "benchmarks"
@@ -151,6 +152,30 @@ def test_one_seed_has_no_interval(ablation, args, finished):
     assert losses["variants"]["mol"] == {"mean": 3.6, **nothing}
     assert losses["pairs"] == {"mol - moa": {"mean": pytest.approx(-0.2), "half_width": None}}
     assert "| mol - moa | -0.200 |" in ablation.tabulate(ablation.collect(args, []))
+
+
+def test_variants_start_from_the_teacher(ablation, tmp_path, monkeypatch):
+    """Each with its own fields, `depth_lora` alone with LoRAs by SVD; what is there is not made again."""
+    commands = {}
+    monkeypatch.setattr(ablation, "run", lambda script, *words: commands.__setitem__(words[-1], [script, *words]))
+    monkeypatch.setattr(ablation, "pretrain", lambda args, folder, steps, seed, *words: commands.update(train=words))
+    monkeypatch.setattr(ablation, "read_losses", lambda folder: {})
+    save_tokenizer(train_tokenizer(["A text."], vocab_size=300, model_max_length=64), tmp_path / "tokenizer")
+    args = Namespace(output_dir=tmp_path, preset="nano", teacher="runs/teacher", steps=10)
+    for name in ablation.VARIANTS:
+        ablation.initialise(args, name, 7)
+        script, *words = commands[str(tmp_path / f"{name}-start-7")]
+        given = dict(zip(words[::2], words[1::2], strict=True))
+        config = ModernAlbertConfig.preset("nano", **json.loads(given["--config_overrides"]))
+        assert (script, given["--teacher"], given["--seed"]) == ("init_from_teacher", "runs/teacher", "7")
+        assert (given["--experts"] == "svd") == (config.ffn_modulation == "depth_lora")
+        assert config.expert_alpha / config.expert_rank == 2  # the preset's, also where the rank was raised
+        ablation.train(args, name, 1e-3, 7)
+        assert commands.pop("train") == ("--model_name_or_path", given["--output_dir"])
+    commands.clear()
+    (tmp_path / "mol-start-7").mkdir()
+    ablation.initialise(args, "mol", 7)
+    assert not commands
 
 
 def test_a_failed_job_ends_the_study(ablation):

@@ -502,7 +502,8 @@ def test_experts_that_cannot_merge_are_refused_before_training(root, tmp_path):
         with pytest.raises(ValueError, match=message):
             own(root, tmp_path / "out", "--merge_after", method, model=tmp_path / name)
         assert not list((tmp_path / "out").glob("**/*.safetensors"))
-    assert "merged_accuracy" in own(root, tmp_path / "out", "--merge_after", "uniform", model=tmp_path / "depth")["scores"]
+    results = own(root, tmp_path / "out", "--merge_after", "uniform", model=tmp_path / "depth")
+    assert "merged_accuracy" in results["scores"]
 
 
 def test_a_single_run_is_not_overwritten_by_several(root, tmp_path):
