@@ -261,14 +261,18 @@ def tabulate(results: dict[str, Any]) -> str:
 
 
 def draw_results(results: dict[str, Any]) -> list[Callable]:
-    """Panels: loss over tokens for each source, each measure over the parameters."""
+    """Panels: loss over tokens for each source, and as differences to `none`; each measure over the parameters."""
+    variants = results["variants"]
 
-    def over_tokens(source):
+    def over_tokens(source, minus=None):
         def panel(axes):
-            for name, variant in results["variants"].items():
-                tokens, losses = zip(*variant["curves"][source], strict=True)
-                axes.plot([count / 1e6 for count in tokens], losses, marker=".", label=name)
-            axes.set(title=f"loss, {source}", xlabel="tokens (M)", ylabel="nats")
+            for name, variant in variants.items():
+                points = variant["curves"][source][1:]  # the first is of untrained models
+                others = variants[minus]["curves"][source][1:] if minus else [(0, 0)] * len(points)
+                losses = [loss - other for (_, loss), (_, other) in zip(points, others, strict=True)]
+                axes.plot([count / 1e6 for count, _ in points], losses, marker=".", label=name)
+            title = f"loss, {source}" + (f", minus {minus}" if minus else "")
+            axes.set(title=title, xlabel="tokens (M)", ylabel="nats")
             axes.legend(fontsize="x-small")
 
         return panel
@@ -276,15 +280,18 @@ def draw_results(results: dict[str, Any]) -> list[Callable]:
     def over_parameters(measure, figures):
         def panel(axes):
             for name, own in figures["variants"].items():
-                size = results["variants"][name]["parameters"] / 1e6
+                size = variants[name]["parameters"] / 1e6
                 axes.errorbar(size, own["mean"], own["standard_error"], marker="o", capsize=3, label=name)
             axes.set(title=measure, xlabel="parameters (M)")
             axes.legend(fontsize="x-small")
 
         return panel
 
-    sources = next(iter(results["variants"].values()))["curves"]
-    panels = [over_tokens(source) for source in sources]
+    panels = []
+    for source in next(iter(variants.values()))["curves"]:
+        panels.append(over_tokens(source))
+        if "none" in variants:
+            panels.append(over_tokens(source, minus="none"))
     return panels + [over_parameters(*item) for item in results["measures"].items()]
 
 
