@@ -112,12 +112,7 @@ def train(args: Namespace, name: str, rate: float, seed: int) -> None:
 
 def read_losses(folder: Path) -> dict[str, float]:
     """Last masked-LM loss of a run that has ended, by validation source."""
-    results = json.loads((folder / "results.json").read_text())
-    losses = {name: value for name, value in results.items() if name.startswith("eval_") and name.endswith("loss")}
-    return {
-        name.removeprefix("eval_").removesuffix("loss").strip("_") or "validation": loss
-        for name, loss in losses.items()
-    }
+    return {source: curve[-1][1] for source, curve in read_curve(folder).items()}
 
 
 def sweep(args: Namespace, name: str) -> dict[float, float]:

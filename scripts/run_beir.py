@@ -169,9 +169,9 @@ def build_model(args: RetrievalArguments, training_args: SentenceTransformerTrai
         model_kwargs={"dtype": "float32"},  # whatever the checkpoint holds, the master weights are float32
     )
     config = model[0].auto_model.config
-    if args.merge_after is not None and not getattr(config, "has_router", False):
-        raise ValueError(f"'{args.model_name_or_path}' has no experts to merge: leave `merge_after` out")
     if args.merge_after is not None:
+        if not getattr(config, "has_router", False):
+            raise ValueError(f"'{args.model_name_or_path}' has no experts to merge: leave `merge_after` out")
         check_mergeable(config, text=METHODS[args.merge_after][1] == "text")
     if args.pooling is not None:
         model[1] = type(model[1])(config.hidden_size, args.pooling)
