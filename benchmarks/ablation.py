@@ -34,9 +34,9 @@ from scipy.stats import t
 from modernalbert import ModernAlbertConfig, ModernAlbertModel
 from modernalbert.configuration_modernalbert import PRESETS
 from modernalbert.tokenization import load_tokenizer, padded_vocab_size
-from modernalbert.training.checkpoints import write_text
-from modernalbert.training.report import draw_panels
-from modernalbert.training.routing import describe_routing, draw_group, read_batches
+from modernalbert.training.reports.curves import draw_panels
+from modernalbert.training.reports.routing import describe_routing, draw_group, read_batches
+from modernalbert.training.runs import write_text
 
 
 # Fields over the preset's, which is `mol`. What `unshared` and `-matched` change beside, `overrides` finds out.

@@ -28,7 +28,7 @@ from modernalbert import ModernAlbertConfig, ModernAlbertForMaskedLM, ModernAlbe
 from modernalbert.mixture_modernalbert import ModernAlbertExperts
 from modernalbert.tokenization import load_tokenizer
 from modernalbert.training.data import TokenMasker, load_texts, pack_texts
-from modernalbert.training.onnx import open_session, quantize_onnx, write_onnx
+from modernalbert.training.export.onnx import open_session, quantize_onnx, write_onnx
 
 
 BASE = "ModernBERT, PyTorch fp32"

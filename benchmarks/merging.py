@@ -32,9 +32,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from modernalbert import ModernAlbertForMaskedLM
 from modernalbert.mixture_modernalbert import ModernAlbertExperts
 from modernalbert.training.callbacks import ROUTING_NAME
-from modernalbert.training.checkpoints import write_text
 from modernalbert.training.data import PackedCollator, TokenMasker, load_files, load_texts, mask_rows, pack_texts
-from modernalbert.training.merging import evaluate, read_routing_weights
+from modernalbert.training.reports.merging import evaluate, read_routing_weights
+from modernalbert.training.runs import write_text
 
 
 METHODS = {

@@ -18,8 +18,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from modernalbert.training.checkpoints import RESULTS_NAME, write_files
 from modernalbert.training.finetuning import format_markdown, format_score
+from modernalbert.training.runs import RESULTS_NAME, write_files
 
 
 logger = logging.getLogger(__name__)

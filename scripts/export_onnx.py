@@ -17,8 +17,8 @@ from pathlib import Path
 from transformers import AutoConfig, AutoTokenizer, HfArgumentParser
 
 import modernalbert
-from modernalbert.training.export import new_folder
-from modernalbert.training.onnx import export_onnx
+from modernalbert.training.export.folder import new_folder
+from modernalbert.training.export.onnx import export_onnx
 
 
 logger = logging.getLogger(__name__)

@@ -20,8 +20,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, ModernBertForMaskedLM, set_seed
 
-from modernalbert.training.checkpoints import write_text
-from modernalbert.training.export import export_model, new_folder
+from modernalbert.training.export.folder import export_model, new_folder
 from modernalbert.training.initialization import (
     EXPERT_RULES,
     LAYER_RULES,
@@ -29,6 +28,7 @@ from modernalbert.training.initialization import (
     initialize_from_teacher,
     student_config,
 )
+from modernalbert.training.runs import write_text
 
 
 logger = logging.getLogger(__name__)

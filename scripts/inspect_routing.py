@@ -22,8 +22,8 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 import modernalbert  # noqa: F401  (registers the Auto classes)
-from modernalbert.training.cards import clean
-from modernalbert.training.routing import (
+from modernalbert.training.export.cards import clean
+from modernalbert.training.reports.routing import (
     check_router,
     describe_routing,
     read_batches,

@@ -29,8 +29,7 @@ from transformers import AutoConfig, AutoTokenizer, DataCollatorWithPadding, Pre
 
 import modernalbert
 from modernalbert.merging_modernalbert import METHODS, check_mergeable
-from modernalbert.training.arguments import parse_arguments
-from modernalbert.training.cards import clean, write_merged_card
+from modernalbert.training.cli import parse_arguments
 from modernalbert.training.data import (
     PackedCollator,
     TokenMasker,
@@ -39,8 +38,9 @@ from modernalbert.training.data import (
     mask_rows,
     pack_texts,
 )
-from modernalbert.training.export import draft_folder, new_folder, push_folder, write_model
-from modernalbert.training.merging import (
+from modernalbert.training.export.cards import clean, write_merged_card
+from modernalbert.training.export.folder import draft_folder, new_folder, push_folder, write_model
+from modernalbert.training.reports.merging import (
     compare_methods,
     describe_experts,
     evaluate,

@@ -38,10 +38,13 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from modernalbert import ModernAlbertConfig, ModernAlbertForMaskedLM
 from modernalbert.tokenization import load_tokenizer, padded_vocab_size, save_tokenizer
-from modernalbert.training.arguments import parse_arguments
 from modernalbert.training.callbacks import ConciseProgress, ReportWriter, RoutingFrequencies, StopOnSignal
-from modernalbert.training.cards import PretrainingFacts, clean, environment, write_card
-from modernalbert.training.checkpoints import (
+from modernalbert.training.cli import parse_arguments
+from modernalbert.training.data import PackedCollator, TokenMasker, load_texts, mask_rows, name_sources, pack_texts
+from modernalbert.training.distillation import Distiller
+from modernalbert.training.export.cards import PretrainingFacts, clean, environment, write_card
+from modernalbert.training.pretraining import PretrainingTrainer
+from modernalbert.training.runs import (
     RESULTS_NAME,
     check_output_dir,
     is_complete,
@@ -50,9 +53,6 @@ from modernalbert.training.checkpoints import (
     write_files,
     write_text,
 )
-from modernalbert.training.data import PackedCollator, TokenMasker, load_texts, mask_rows, name_sources, pack_texts
-from modernalbert.training.distillation import Distiller
-from modernalbert.training.pretraining import PretrainingTrainer
 
 
 logger = logging.getLogger(__name__)

@@ -49,13 +49,9 @@ except ImportError:  # sentence-transformers 5
 
 import modernalbert  # noqa: F401  (registers the Auto classes)
 from modernalbert.merging_modernalbert import METHODS, check_mergeable
-from modernalbert.training.arguments import parse_arguments
-from modernalbert.training.cards import write_finetuned_cards
-from modernalbert.training.checkpoints import RESULTS_NAME, last_checkpoint, write_files, write_text
-from modernalbert.training.export import draft_folder
-from modernalbert.training.finetuning import train_to_the_end, write_tokenizer
-from modernalbert.training.results import describe_model, read_finished, summarise, write_results
-from modernalbert.training.retrieval import (
+from modernalbert.training.cli import parse_arguments
+from modernalbert.training.evaluation.results import describe_model, read_finished, summarise, write_results
+from modernalbert.training.evaluation.retrieval import (
     RetrievalSet,
     evaluate_bm25,
     evaluate_model,
@@ -63,6 +59,10 @@ from modernalbert.training.retrieval import (
     make_pairs,
     mean_scores,
 )
+from modernalbert.training.export.cards import write_finetuned_cards
+from modernalbert.training.export.folder import draft_folder
+from modernalbert.training.finetuning import train_to_the_end, write_tokenizer
+from modernalbert.training.runs import RESULTS_NAME, last_checkpoint, write_files, write_text
 
 
 logger = logging.getLogger(__name__)

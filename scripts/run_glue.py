@@ -37,9 +37,26 @@ from transformers import (
 )
 
 import modernalbert  # noqa: F401  (registers the Auto classes)
-from modernalbert.training.arguments import parse_arguments
-from modernalbert.training.cards import write_finetuned_cards
-from modernalbert.training.checkpoints import RESULTS_NAME, write_text
+from modernalbert.training.cli import parse_arguments
+from modernalbert.training.evaluation.glue import (
+    ClassificationArguments,
+    Task,
+    combine,
+    compare_baselines,
+    describe_data,
+    load_task,
+    to_markdown,
+    write_predictions,
+)
+from modernalbert.training.evaluation.metrics import GLUE_TASKS, compute_metrics
+from modernalbert.training.evaluation.results import (
+    choose_rate,
+    describe_model,
+    read_finished,
+    summarise,
+    write_results,
+)
+from modernalbert.training.export.cards import write_finetuned_cards
 from modernalbert.training.finetuning import (
     MERGED_NAME,
     FineTuningArguments,
@@ -55,24 +72,7 @@ from modernalbert.training.finetuning import (
     place_runs,
     plan_runs,
 )
-from modernalbert.training.glue import (
-    ClassificationArguments,
-    Task,
-    combine,
-    compare_baselines,
-    describe_data,
-    load_task,
-    to_markdown,
-    write_predictions,
-)
-from modernalbert.training.metrics import GLUE_TASKS, compute_metrics
-from modernalbert.training.results import (
-    choose_rate,
-    describe_model,
-    read_finished,
-    summarise,
-    write_results,
-)
+from modernalbert.training.runs import RESULTS_NAME, write_text
 
 
 logger = logging.getLogger(__name__)

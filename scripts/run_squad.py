@@ -41,12 +41,10 @@ from transformers.data.data_collator import pad_without_fast_tokenizer_warning
 
 import modernalbert  # noqa: F401  (registers the Auto classes)
 from modernalbert.training import finetuning
-from modernalbert.training.arguments import parse_arguments
-from modernalbert.training.cards import write_finetuned_cards
-from modernalbert.training.checkpoints import RESULTS_NAME, write_text
+from modernalbert.training.cli import parse_arguments
 from modernalbert.training.data import fingerprint, load_files
-from modernalbert.training.results import describe_model, read_finished, summarise, write_results
-from modernalbert.training.squad import (
+from modernalbert.training.evaluation.results import describe_model, read_finished, summarise, write_results
+from modernalbert.training.evaluation.squad import (
     COLUMNS,
     Ranking,
     check_rows,
@@ -57,6 +55,8 @@ from modernalbert.training.squad import (
     make_features,
     rank_answers,
 )
+from modernalbert.training.export.cards import write_finetuned_cards
+from modernalbert.training.runs import RESULTS_NAME, write_text
 
 
 logger = logging.getLogger(__name__)

@@ -28,8 +28,8 @@ from transformers import (
 from modernalbert import ModernAlbertForMaskedLM
 from modernalbert.tokenization import padded_vocab_size, save_tokenizer, train_tokenizer
 from modernalbert.training.data import check_labelled
+from modernalbert.training.evaluation.metrics import GLUE_MEAN, GLUE_TASKS, compute_metrics, glue_mean, score_baselines
 from modernalbert.training.finetuning import add_lora
-from modernalbert.training.metrics import GLUE_MEAN, GLUE_TASKS, compute_metrics, glue_mean, score_baselines
 
 
 GOOD, BAD = ["fine", "lovely", "great"], ["awful", "dull", "poor"]

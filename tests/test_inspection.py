@@ -15,7 +15,7 @@ from modernalbert import ModernAlbertConfig, ModernAlbertForMaskedLM, ModernAlbe
 from modernalbert.routing_modernalbert import ROUTERS
 from modernalbert.tokenization import padded_vocab_size, save_tokenizer, train_tokenizer
 from modernalbert.training.data import PackedCollator
-from modernalbert.training.routing import (
+from modernalbert.training.reports.routing import (
     COVERAGES,
     MIN_COUNT,
     SMOOTHING,

@@ -14,11 +14,11 @@ from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassificatio
 
 from modernalbert import ModernAlbertForMaskedLM, ModernAlbertForSequenceClassification
 from modernalbert.tokenization import padded_vocab_size, save_tokenizer, train_tokenizer
-from modernalbert.training import export
 from modernalbert.training.callbacks import RoutingFrequencies
 from modernalbert.training.data import PackedCollator, TokenMasker, load_texts, pack_texts
-from modernalbert.training.export import push_folder
-from modernalbert.training.merging import recovered_share, states_by_depth, write_adapter
+from modernalbert.training.export import folder as export
+from modernalbert.training.export.folder import push_folder
+from modernalbert.training.reports.merging import recovered_share, states_by_depth, write_adapter
 
 
 TEXTS = [f"Sentence number {n} says that {n} times {n} is {n * n}." for n in range(40)]
@@ -241,7 +241,9 @@ def test_a_single_adapter_becomes_one_of_peft(tiny, tokenizer, tmp_path, no_chec
 
 
 def test_an_adapter_that_differs_is_refused(tiny, tokenizer, tmp_path, no_check, monkeypatch):
-    monkeypatch.setattr("modernalbert.training.merging.LoraConfig", lambda lora_alpha, **others: LoraConfig(**others))
+    monkeypatch.setattr(
+        "modernalbert.training.reports.merging.LoraConfig", lambda lora_alpha, **others: LoraConfig(**others)
+    )
     from peft import LoraConfig
 
     model = tiny(ModernAlbertForMaskedLM).merge_experts(fold=False)

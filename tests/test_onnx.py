@@ -22,7 +22,7 @@ from modernalbert.tokenization import padded_vocab_size, save_tokenizer, train_t
 pytest.importorskip("onnxruntime", reason='needs onnxruntime: `pip install ".[export]"`')
 onnx = pytest.importorskip("onnx", reason='needs onnx: `pip install ".[export]"`')
 pytest.importorskip("onnxscript", reason='needs onnxscript: `pip install ".[export]"`')
-from modernalbert.training import onnx as onnx_export  # noqa: E402
+from modernalbert.training.export import onnx as onnx_export  # noqa: E402
 
 
 SCRIPT = Path(modernalbert.__file__).parent / "scripts" / "export_onnx.py"

@@ -19,10 +19,11 @@ from transformers import TrainingArguments
 import modernalbert
 from modernalbert.configuration_modernalbert import PRESETS
 from modernalbert.tokenization import padded_vocab_size, save_tokenizer, train_tokenizer
-from modernalbert.training import cards, report
-from modernalbert.training.arguments import parse_arguments
-from modernalbert.training.cards import PretrainingFacts, clean, environment, hub_id, write_card
-from modernalbert.training.report import write_report
+from modernalbert.training.cli import parse_arguments
+from modernalbert.training.export import cards
+from modernalbert.training.export.cards import PretrainingFacts, clean, environment, hub_id, write_card
+from modernalbert.training.reports import curves as report
+from modernalbert.training.reports.curves import write_report
 
 
 ROOT = Path(modernalbert.__file__).parent

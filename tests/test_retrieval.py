@@ -25,8 +25,8 @@ pytest.importorskip("pytrec_eval")
 
 from sentence_transformers import SentenceTransformer  # noqa: E402
 
-from modernalbert.training import retrieval  # noqa: E402
-from modernalbert.training.retrieval import (  # noqa: E402
+from modernalbert.training.evaluation import retrieval  # noqa: E402
+from modernalbert.training.evaluation.retrieval import (  # noqa: E402
     TOP_K,
     encode_corpus,
     encode_texts,

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from modernalbert.training import checkpoints
-from modernalbert.training.arguments import parse_arguments
+from modernalbert.training import runs as checkpoints
+from modernalbert.training.cli import parse_arguments
 
 
 @dataclass

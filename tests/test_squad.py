@@ -18,8 +18,7 @@ from transformers import BertConfig, BertForMaskedLM
 
 import modernalbert
 from modernalbert.tokenization import load_tokenizer, save_tokenizer, train_tokenizer
-from modernalbert.training.finetuning import FineTuningTrainer
-from modernalbert.training.squad import (
+from modernalbert.training.evaluation.squad import (
     Ranking,
     average_scores,
     best_spans,
@@ -35,6 +34,7 @@ from modernalbert.training.squad import (
     rank_answers,
     score_answers,
 )
+from modernalbert.training.finetuning import FineTuningTrainer
 
 
 OFFICIAL = DATA / "squad_v2" / "validation.parquet"

@@ -14,9 +14,9 @@ from transformers import AutoModelForSequenceClassification
 
 import modernalbert
 from modernalbert.tokenization import save_tokenizer, train_tokenizer
-from modernalbert.training import export
 from modernalbert.training.data import PackedCollator, find_files, load_files, pack_texts
-from modernalbert.training.metrics import compute_metrics
+from modernalbert.training.evaluation.metrics import compute_metrics
+from modernalbert.training.export import folder as export
 
 
 ROOT = Path(modernalbert.__file__).parent

@@ -12,8 +12,8 @@ from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .checkpoints import write_text
-from .report import write_report
+from .reports.curves import write_report
+from .runs import write_text
 
 
 logger = logging.getLogger(__name__)

@@ -29,10 +29,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from ..merging_modernalbert import METHODS, check_mergeable
 from ..tokenization import save_tokenizer
 from .callbacks import ROUTING_NAME, ConciseProgress, RoutingFrequencies, StopOnSignal
-from .cards import MERGED_NAME
-from .checkpoints import check_output_dir, is_complete, last_checkpoint, same_run, write_files
-from .merging import read_routing_weights
+from .export.cards import MERGED_NAME
 from .pretraining import routing_statistics
+from .reports.merging import read_routing_weights
+from .runs import check_output_dir, is_complete, last_checkpoint, same_run, write_files
 
 
 logger = logging.getLogger(__name__)

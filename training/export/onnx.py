@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..tokenization import save_tokenizer
-from .checkpoints import write_text
-from .export import draft_folder
+from ...tokenization import save_tokenizer
+from ..runs import write_text
+from .folder import draft_folder
 
 
 try:

@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from .cards import clean, environment
-from .checkpoints import RESULTS_NAME, check_output_dir, same_run, write_text
+from ..export.cards import clean, environment
+from ..runs import RESULTS_NAME, check_output_dir, same_run, write_text
 
 
 def write_results(

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..configuration_modernalbert import ModernAlbertConfig
-from .checkpoints import write_text
-from .data import PackedCollator, load_texts, pack_texts
-from .report import INK, PAGE, draw_matrix, draw_panels, format_table
+from ...configuration_modernalbert import ModernAlbertConfig
+from ..data import PackedCollator, load_texts, pack_texts
+from ..runs import write_text
+from .curves import INK, PAGE, draw_matrix, draw_panels, format_table
 
 
 COVERAGES = (0.5, 0.8, 0.9)  # shares of all choices for which the smallest set of experts is sought

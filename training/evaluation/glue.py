@@ -11,10 +11,10 @@ import numpy as np
 from datasets import Dataset, load_dataset
 from transformers import PreTrainedConfig
 
-from .cards import clean
-from .checkpoints import write_text
-from .data import check_labelled, fingerprint, load_files
-from .finetuning import FineTuningArguments, format_markdown, format_score
+from ..data import check_labelled, fingerprint, load_files
+from ..export.cards import clean
+from ..finetuning import FineTuningArguments, format_markdown, format_score
+from ..runs import write_text
 from .metrics import GLUE_MEAN, GLUE_TASKS, glue_mean, predict, score_baselines
 from .results import common, deviations
 

@@ -16,7 +16,7 @@ from huggingface_hub import HfApi
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..tokenization import save_tokenizer
+from ...tokenization import save_tokenizer
 
 
 logger = logging.getLogger(__name__)

@@ -12,12 +12,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..configuration_modernalbert import ModernAlbertConfig
-from ..merging_modernalbert import collect_states, mean_routing, similarity
-from .checkpoints import write_text
-from .export import SENTENCE, write_model
-from .metrics import compute_metrics
-from .report import PAGE, draw_matrix, draw_panels, format_table
+from ...configuration_modernalbert import ModernAlbertConfig
+from ...merging_modernalbert import collect_states, mean_routing, similarity
+from ..evaluation.metrics import compute_metrics
+from ..export.folder import SENTENCE, write_model
+from ..runs import write_text
+from .curves import PAGE, draw_matrix, draw_panels, format_table
 
 
 REPORT_NAME = "merge_report"

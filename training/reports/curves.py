@@ -13,7 +13,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .checkpoints import write_text
+from ..runs import write_text
 
 
 # Panels in the order of the page, and the logged terms that each shows; a group of the pattern fills the title.

@@ -19,12 +19,12 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel
 
-from ..configuration_modernalbert import ModernAlbertConfig
-from .checkpoints import write_text
-from .data import READERS
+from ...configuration_modernalbert import ModernAlbertConfig
+from ..data import READERS
+from ..runs import write_text
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TEMPLATE = ROOT / "model_cards" / "pretrained.md"
 MERGED_TEMPLATE = ROOT / "model_cards" / "merged.md"
 FINETUNED_TEMPLATE = ROOT / "model_cards" / "finetuned.md"

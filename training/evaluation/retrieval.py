@@ -20,8 +20,8 @@ from sentence_transformers import SentenceTransformer
 from sklearn.feature_extraction.text import CountVectorizer
 from tqdm.auto import tqdm
 
-from .checkpoints import write_files
-from .data import fingerprint
+from ..data import fingerprint
+from ..runs import write_files
 
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,1 @@
+"""Folders that leave a run: Hub folders, ONNX, PEFT adapters, model cards."""
