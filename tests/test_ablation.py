@@ -1,21 +1,18 @@
 """The ablation study: its variants, its figures from made-up runs, and the whole of it at two steps a run."""
 
-import importlib.util
 import json
 import subprocess
-import sys
 import time
 from argparse import Namespace
-from pathlib import Path
 
 import pytest
+from helpers import BENCHMARKS, load_script
 
 import modernalbert
 from modernalbert import ModernAlbertConfig
 from modernalbert.tokenization import save_tokenizer, train_tokenizer
 
 
-BENCHMARKS = Path(modernalbert.__file__).parent / "benchmarks"
 SEEDS, RATES = [0, 1, 2], [0.001, 0.002, 0.004]
 # By variant, at its best rate: nats of three seeds, and accuracies on a task.
 LOSSES = {
@@ -37,14 +34,7 @@ T = 4.302653  # 97.5% quantile of Student's t with 2 degrees of freedom
 
 @pytest.fixture(scope="module")
 def ablation():
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        spec = importlib.util.spec_from_file_location("ablation", BENCHMARKS / "ablation.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-    finally:
-        sys.path.remove(str(BENCHMARKS))
+    return load_script("ablation", BENCHMARKS)
 
 
 @pytest.mark.parametrize("preset", modernalbert.configuration_modernalbert.PRESETS)

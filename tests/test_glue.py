@@ -12,11 +12,11 @@ import sklearn.metrics
 import torch
 import yaml
 from datasets import ClassLabel, Dataset, load_dataset
+from helpers import DATA, SCRIPTS, load_script
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from peft import PeftModel
 from peft.tuners.lora import Linear
-from test_training import DATA, SCRIPTS, load_script
 from transformers import (
     AutoConfig,
     AutoModelForMaskedLM,

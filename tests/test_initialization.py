@@ -1,17 +1,14 @@
 """A student started from a small random ModernBERT: where the shapes allow it, it computes what the teacher does."""
 
 import copy
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import load_script
 from transformers import AutoConfig, BertConfig, ModernBertConfig, ModernBertForMaskedLM
 
-import modernalbert
 from modernalbert import ModernAlbertForMaskedLM
 from modernalbert.tokenization import padded_vocab_size, save_tokenizer, train_tokenizer
 from modernalbert.training.initialization import (
@@ -456,15 +453,6 @@ def test_other_teachers_are_refused():
         student_config(BertConfig(), "tiny")
 
 
-def load_script():
-    path = Path(modernalbert.__file__).parent / "scripts" / "init_from_teacher.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_script(make_teacher, tmp_path):
     tokenizer = train_tokenizer([f"Sentence number {n} says that {n} times {n} is {n * n}." for n in range(40)], 320)
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "cls", "sep")}
@@ -472,7 +460,7 @@ def test_script(make_teacher, tmp_path):
     teacher = make_teacher(vocab_size=padded_vocab_size(tokenizer), **ids)
     teacher.save_pretrained(tmp_path / "teacher")
     save_tokenizer(tokenizer, tmp_path / "teacher")
-    script = load_script()
+    script = load_script("init_from_teacher")
     fields = {**STUDENT, "num_hidden_layers": 4, "num_hidden_groups": 2, "mol_groups": [1]}
     arguments = ["--teacher", str(tmp_path / "teacher"), "--config_overrides", json.dumps(fields), "--experts", "svd"]
     arguments += ["--layers", "average", "--output_dir", str(tmp_path / "student")]

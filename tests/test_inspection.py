@@ -9,7 +9,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from test_training import load_script
+from helpers import load_script
 
 from modernalbert import ModernAlbertConfig, ModernAlbertForMaskedLM, ModernAlbertForSequenceClassification
 from modernalbert.routing_modernalbert import ROUTERS

@@ -7,9 +7,9 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import load_script
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from test_training import load_script
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 from modernalbert import ModernAlbertForMaskedLM, ModernAlbertForSequenceClassification

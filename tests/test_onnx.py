@@ -1,6 +1,5 @@
 """The exported graph beside PyTorch, on sizes that it was not traced with, and what the script refuses."""
 
-import importlib.util
 import json
 import logging
 import re
@@ -13,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT, load_script
 from transformers import AutoConfig, AutoTokenizer
 
 import modernalbert
@@ -25,8 +25,7 @@ pytest.importorskip("onnxscript", reason='needs onnxscript: `pip install ".[expo
 from modernalbert.training.export import onnx as onnx_export  # noqa: E402
 
 
-SCRIPT = Path(modernalbert.__file__).parent / "scripts" / "export_onnx.py"
-PAGE = SCRIPT.parents[1] / "docs" / "deployment.md"
+PAGE = ROOT / "docs" / "deployment.md"
 TEXTS = ["The quick brown fox jumps over the lazy dog.", "A lazy cat.", "Zürich sells crème brûlée."]
 HEADS = {
     "ModernAlbertModel": (["last_hidden_state"], {}),
@@ -41,11 +40,7 @@ each_head = pytest.mark.parametrize("head", HEADS)
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("export_onnx", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["export_onnx"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_script("export_onnx")
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +180,7 @@ def test_the_folder_is_complete(exported):
     config = AutoConfig.from_pretrained(target)
     assert config.architectures == ["ModernAlbertForSequenceClassification"] and config.num_labels == 3
     assert AutoTokenizer.from_pretrained(target)(TEXTS) == AutoTokenizer.from_pretrained(source)(TEXTS)
-    assert str(SCRIPT.parents[1]).encode() not in (target / "model.onnx").read_bytes()
+    assert str(ROOT).encode() not in (target / "model.onnx").read_bytes()
 
 
 def test_the_usage_on_the_page_runs_without_torch(exported, tmp_path):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import html.parser
-import importlib.util
 import json
 import math
 import re
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers import ROOT, load_script
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from transformers import TrainingArguments
@@ -26,7 +26,6 @@ from modernalbert.training.reports import curves as report
 from modernalbert.training.reports.curves import write_report
 
 
-ROOT = Path(modernalbert.__file__).parent
 RECIPES = {path.stem: path for path in (ROOT / "recipes").glob("*.yaml") if path.stem not in ("fsdp", "glue")}
 PAPER = sorted(set(PRESETS) - {"nano"})
 
@@ -330,11 +329,7 @@ def test_usage_of_the_card_runs_as_written(tmp_path, facts):
 
 @pytest.fixture(scope="module")
 def pretraining_arguments():
-    spec = importlib.util.spec_from_file_location("pretrain_of_recipes", ROOT / "scripts" / "pretrain.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module.PretrainingArguments
+    return load_script("pretrain").PretrainingArguments
 
 
 def test_every_preset_has_a_recipe():

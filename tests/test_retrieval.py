@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from helpers import DATA, load_script
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from safetensors.torch import load_file
-from test_training import DATA, load_script
 
 import modernalbert
 from modernalbert.tokenization import padded_vocab_size, save_tokenizer, train_tokenizer

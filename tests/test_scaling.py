@@ -1,23 +1,17 @@
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
+from helpers import BENCHMARKS, ROOT, load_script
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from modernalbert import ModernAlbertConfig, ModernAlbertForMaskedLM
 
 
-ROOT = Path(__file__).resolve().parents[1]
 TEXTS, LENGTH = 2, 20
 
 
 @pytest.fixture(scope="module")
 def scaling():
-    spec = importlib.util.spec_from_file_location("scaling", ROOT / "benchmarks" / "scaling.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("scaling", BENCHMARKS)
 
 
 def count_flops(model, labelled: int, training: bool = False) -> int:

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, load_dataset
+from helpers import DATA, load_script
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from safetensors.torch import load_file
-from test_training import DATA, load_script
 from torch.testing import assert_close
 from transformers import BertConfig, BertForMaskedLM
 

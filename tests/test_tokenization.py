@@ -1,21 +1,19 @@
-import importlib.util
 import json
 import os
 import random
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from helpers import load_script
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, CanineTokenizer, PreTrainedTokenizerFast
 
 from modernalbert.tokenization import load_tokenizer, padded_vocab_size, save_tokenizer, train_tokenizer
 
 
-ROOT = Path(__file__).resolve().parents[1]
 CORPUS = [
     "The quick brown fox jumps over the lazy dog, and the dog says hello world.",
     "hello world, hello again: naïve cafés in Zürich sell crème brûlée.",
@@ -50,14 +48,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def script():
-    path = ROOT / "scripts" / "train_tokenizer.py"
-    spec = importlib.util.spec_from_file_location("train_tokenizer_script", path)
-    module = importlib.util.module_from_spec(spec)
-    # Dataclass annotations are resolved through the module's name.
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    return load_script("train_tokenizer")
 
 
 def foreign_tokenizer(**kwargs):

@@ -1,14 +1,12 @@
 """Data, export, and every script end to end on a few rows, as the README runs them."""
 
-import importlib.util
 import json
-import os
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
+from helpers import load_script
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers import AutoModelForSequenceClassification
 
@@ -19,28 +17,12 @@ from modernalbert.training.evaluation.metrics import compute_metrics
 from modernalbert.training.export import folder as export
 
 
-ROOT = Path(modernalbert.__file__).parent
-SCRIPTS = ROOT / "scripts"
-# Real rows, laid out as on the Hub; the few tests that look at some are skipped where there are none.
-DATA = Path(os.environ.get("MODERNALBERT_DATA") or ROOT.parent / "shared" / "data")
 TEXTS = [
     "The quick brown fox jumps over the lazy dog.",
     "",
     "A list is sorted in place, and nothing is returned. " * 6,
 ]
 TEXTS += [f"Sentence number {n} says that {n} times {n} is {n * n}." for n in range(40)]
-
-
-def load_script(name):
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module  # dataclasses look their module up
-        spec.loader.exec_module(module)
-        return module
-    finally:
-        sys.path.remove(str(SCRIPTS))
 
 
 @pytest.fixture(scope="module")
