@@ -19,9 +19,10 @@ from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 
-# Hub repositories and saved folders name their classes here, so that every head of every checkpoint loads with
+# Every saved config.json names these classes, so that every head of every checkpoint loads with
 # `trust_remote_code=True`. Each value is `file.Class`; the files lie beside `config.json`.
 AUTO_MAP = {
     "AutoConfig": "configuration_modernalbert.ModernAlbertConfig",
@@ -55,7 +56,7 @@ PRESETS = {
         "eos_token_id": 2,
         "sep_token_id": 2,
     },
-    "tiny": {},
+    "tiny": {"mol_intermediate_size": 2624},
     "medium": {
         **_LARGE_WIDTHS,
         "num_hidden_layers": 12,
@@ -84,8 +85,8 @@ PRESETS = {
 class ModernAlbertConfig(PreTrainedConfig):
     """Configuration of a ModernALBERT encoder.
 
-    The defaults are the `tiny` preset (51M parameters); other sizes come from [`ModernAlbertConfig.preset`]. Fields
-    that are not listed are transformers' own.
+    Sizes come from [`ModernAlbertConfig.preset`]. The defaults are those of `tiny`, except `mol_intermediate_size`, which
+    follows `intermediate_size`. Fields that are not listed are transformers' own.
 
     Args:
         vocab_size (`int`): Rows of the embedding table; ModernBERT's tokenizer, padded to a multiple of 64.
@@ -113,7 +114,7 @@ class ModernAlbertConfig(PreTrainedConfig):
         expert_alpha (`float`): LoRA alpha; an expert's correction is scaled by `expert_alpha / expert_rank`.
         router_type (`str`): How experts are chosen. `"top_k"`: the most probable for each token, the paper's. `"soft"`:
             all. `"top_p"`: as many as a token needs until their probabilities reach `router_top_p`. `"sequence"`: top-k
-            once for a text, from the mean of its states. `"depth"`: top-k with a learned bias for every depth.
+            once per sequence, from the mean of its states. `"depth"`: top-k with a learned bias for every depth.
         router_top_p (`float`): Threshold of `"top_p"`. Our choice.
         router_aux_loss_coef (`float`): Weight of the load-balancing loss in training. The published configurations
             have 0.1 and 0.2, for a formula that they do not state; 0.01 is Switch Transformer's, for its own.
@@ -126,6 +127,9 @@ class ModernAlbertConfig(PreTrainedConfig):
             and itself.
         rope_parameters (`dict`): RoPE settings for each layer type. Default: ModernBERT's thetas, 160000 for full
             and 10000 for sliding layers (the paper states none).
+        unpad_inputs (`bool`): Whether padding is removed before the first layer and put back after the last, so that
+            layers see real tokens only, `[1, tokens, hidden]`. False keeps rows, `[batch, seq, hidden]`, for tools that
+            index the batch inside the layers (PEFT's `adapter_names`, attribution, hooks). Results are the same.
         embedding_dropout, attention_dropout, mlp_dropout, classifier_dropout (`float`): Dropout after the embedding,
             in the attention (weights and output), after the feed-forward layer, before the classifier. ModernBERT's
             names; 0 because dropout hurts shared-weight encoders at scale (ALBERT, section 4.7).
@@ -162,7 +166,7 @@ class ModernAlbertConfig(PreTrainedConfig):
     # Mixture of LoRAs, or what stands in its place
     ffn_modulation: Literal["mol", "moa", "depth_lora", "none"] = "mol"
     mol_groups: list[int] | None = None
-    mol_intermediate_size: int | None = 2624
+    mol_intermediate_size: int | None = None
     num_experts: int = 8
     num_experts_per_tok: int = 2
     norm_topk_prob: bool = True
@@ -179,6 +183,7 @@ class ModernAlbertConfig(PreTrainedConfig):
     layer_types: list[str] | None = None
     local_attention: int = 128
     rope_parameters: dict | None = None
+    unpad_inputs: bool = True
 
     # Dropout
     embedding_dropout: float | int = 0.0
@@ -199,8 +204,6 @@ class ModernAlbertConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 50282
     cls_token_id: int | None = 50281
     sep_token_id: int | None = 50282
-
-    auto_map: dict | None = None
 
     @classmethod
     def preset(cls, name: str, **overrides) -> "ModernAlbertConfig":
@@ -231,6 +234,11 @@ class ModernAlbertConfig(PreTrainedConfig):
         overrides = {name: kwargs.pop(name) for name in own & kwargs.keys()}
         return super().from_dict({**config_dict, **overrides}, **kwargs)
 
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """[`~PreTrainedConfig.save_pretrained`], with the classes of every head in `auto_map`."""
+        self.auto_map = {**AUTO_MAP, **(getattr(self, "auto_map", None) or {})}
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
+
     def __post_init__(self, **kwargs):
         self._reject_misspelt_fields(kwargs)
         if self.mol_groups is None:
@@ -239,8 +247,6 @@ class ModernAlbertConfig(PreTrainedConfig):
             self.mol_intermediate_size = self.intermediate_size
         if self.layer_types is None:
             self.layer_types = ["full_attention"] * self.num_hidden_layers
-        if self.auto_map is None:
-            self.auto_map = dict(AUTO_MAP)
         super().__post_init__(**kwargs)
 
     def _reject_misspelt_fields(self, kwargs: dict) -> None:
@@ -305,6 +311,10 @@ class ModernAlbertConfig(PreTrainedConfig):
     def sliding_window(self, value: int):
         self.local_attention = 2 * value
 
+    def window(self, layer_type: str) -> int | None:
+        """Tokens that a token sees on each side in layers of that type; None for all."""
+        return self.sliding_window if layer_type == "sliding_attention" else None
+
     def num_parameters(self) -> int:
         """Parameters of `ModernAlbertForMaskedLM` with tied embeddings, without building it."""
         hidden, embedding, rank = self.hidden_size, self.embedding_size, self.expert_rank
@@ -320,43 +330,9 @@ class ModernAlbertConfig(PreTrainedConfig):
                 if self.has_router:
                     biases = self.layers_per_group if self.router_type == "depth" else 0
                     groups += self.num_experts * (hidden + biases)
-        head = hidden * embedding + embedding + (self.vocab_size if self.decoder_bias else 0)
+        head = hidden**2 + hidden + hidden * embedding + (self.vocab_size if self.decoder_bias else 0)
         decoder = 0 if self.tie_word_embeddings else self.vocab_size * embedding
         return embeddings + groups + hidden + head + decoder
-
-    def match_parameters(self, total: int) -> "ModernAlbertConfig":
-        """A copy with as many parameters as another model, within 2%: what a fair comparison of modulations needs.
-
-        One field is changed: `expert_rank`, with `"none"` `mol_intermediate_size`. `expert_alpha` stays.
-
-        Args:
-            total: Parameters of the other model, see [`num_parameters`].
-
-        Raises:
-            ValueError: No value of the field comes near enough.
-        """
-        field = "mol_intermediate_size" if self.modulation == "none" else "expert_rank"
-
-        def replaced(value: int) -> "ModernAlbertConfig":
-            config = copy.deepcopy(self)
-            setattr(config, field, value)
-            return config
-
-        least = replaced(1).num_parameters()
-        step = replaced(2).num_parameters() - least
-        # The count is linear in the field.
-        value = 1 + max(round((total - least) / step), 0) if step else getattr(self, field)
-        if step and field == "expert_rank":
-            value = min(value, self.largest_rank)
-        config = replaced(value)
-        reached = config.num_parameters()
-        if abs(reached - total) > 0.02 * total:
-            raise ValueError(
-                f"`{field}` cannot bring this model to {total:,} parameters: the nearest is {reached:,} at {value}; "
-                "change `mol_groups`, or other fields that set its size"
-            )
-        config.validate()
-        return config
 
     def estimate_flops(self, seq_length: int, labelled: float = 1.0, training: bool = False) -> float:
         """Floating-point operations per token of `ModernAlbertForMaskedLM`, a multiplication and an addition being two.
@@ -365,10 +341,10 @@ class ModernAlbertConfig(PreTrainedConfig):
         left out. Every executed layer counts, since recursion saves parameters and no compute. The mixture is counted
         as its fast form runs it: down-projections into, and up-projections out of, the rank for all experts, what lies
         between for the chosen ones; `router_type="top_p"` counts as if all were, an upper bound. Adapters (`"moa"`) run
-        for all experts. Sliding layers count a whole window for every token, though it is cut at the edges of a text.
+        for all experts. Sliding layers count a whole window for every token, though it is cut at the edges of a sequence.
 
         Args:
-            seq_length: Tokens of a text.
+            seq_length: Tokens of a sequence.
             labelled: Share of the tokens that the head runs on, with `sparse_prediction` the masked ones.
             training: Whether a backward pass follows; it is taken as twice the forward pass.
 
@@ -376,7 +352,7 @@ class ModernAlbertConfig(PreTrainedConfig):
             Operations (FLOP) per token.
         """
         hidden, embedding, rank = self.hidden_size, self.embedding_size, self.expert_rank
-        products = embedding * hidden + labelled * embedding * (hidden + self.vocab_size)
+        products = embedding * hidden + labelled * (hidden**2 + embedding * (hidden + self.vocab_size))
         for index, layer_type in enumerate(self.layer_types):
             mol = index // self.layers_per_group in self.mol_groups
             width = self.mol_intermediate_size if mol else self.intermediate_size
@@ -394,19 +370,26 @@ class ModernAlbertConfig(PreTrainedConfig):
                 products += self.num_experts * hidden if self.has_router else 0
         return 2 * products * (3 if training else 1)
 
-    def validate_recursion(self):
-        """The executed layers divide into the groups."""
+    def validate_architecture(self):
+        """Every rule between fields.
+
+        One validator: the library runs them in the order of their names, and some rules divide by what others check.
+        """
+        self._check_sizes()
+        self._check_recursion()
+        self._check_attention()
+        self._check_activations()
+        self._check_experts()
+        super().validate_architecture()
+
+    def _check_recursion(self) -> None:
         if self.num_hidden_layers % self.num_hidden_groups:
             raise ValueError(
                 f"`num_hidden_layers` ({self.num_hidden_layers}) must be a multiple of `num_hidden_groups` "
                 f"({self.num_hidden_groups}), since every group runs equally often; change one of them"
             )
 
-    def validate_architecture(self):
-        """Counts and widths are positive, fractions lie in their range, tokens in the vocabulary.
-
-        Validators run in the order of their names: this one before those that divide.
-        """
+    def _check_sizes(self) -> None:
         for name in (
             *("vocab_size", "embedding_size", "hidden_size", "intermediate_size", "num_attention_heads"),
             *("num_hidden_layers", "num_hidden_groups", "mol_intermediate_size", "max_position_embeddings"),
@@ -421,10 +404,8 @@ class ModernAlbertConfig(PreTrainedConfig):
                 f"`pad_token_id` ({self.pad_token_id}) must be below `vocab_size` ({self.vocab_size}); pass the "
                 "`pad_token_id` of your tokenizer, or None"
             )
-        super().validate_architecture()
 
-    def validate_attention(self):
-        """Heads split the width evenly, RoPE rotates pairs, and layers are of a type that an encoder has."""
+    def _check_attention(self) -> None:
         if self.hidden_size % self.num_attention_heads or (self.hidden_size // self.num_attention_heads) % 2:
             raise ValueError(
                 f"`hidden_size` ({self.hidden_size}) must be `num_attention_heads` ({self.num_attention_heads}) times "
@@ -436,16 +417,12 @@ class ModernAlbertConfig(PreTrainedConfig):
         if self.local_attention < 2 or self.local_attention % 2:
             raise ValueError(f"`local_attention` ({self.local_attention}) must be even and at least 2")
 
-    def validate_activations(self):
-        """The activations exist."""
-        from transformers.activations import ACT2FN
-
+    def _check_activations(self) -> None:
         for name in ("hidden_activation", "classifier_activation"):
             if getattr(self, name) not in ACT2FN:
                 raise ValueError(f"`{name}` ({getattr(self, name)!r}) is not an activation; use one of {list(ACT2FN)}")
 
-    def validate_experts(self):
-        """Experts sit in groups that exist, and a token can choose as many as it is asked to."""
+    def _check_experts(self) -> None:
         if len(set(self.mol_groups)) != len(self.mol_groups) or not set(self.mol_groups) <= set(
             range(self.num_hidden_groups)
         ):
@@ -461,7 +438,7 @@ class ModernAlbertConfig(PreTrainedConfig):
                 "projections that it corrects"
             )
         if self.num_experts > 1 and self.modulation in ("mol", "moa"):
-            self._validate_choice()
+            self._check_choice()
         if not 0 < self.router_top_p <= 1:
             raise ValueError(f"`router_top_p` ({self.router_top_p}) must be above 0 and at most 1")
         if not 0 <= self.router_jitter_noise < 1:
@@ -469,7 +446,7 @@ class ModernAlbertConfig(PreTrainedConfig):
         if self.router_aux_loss_coef < 0:
             raise ValueError(f"`router_aux_loss_coef` ({self.router_aux_loss_coef}) must be at least 0")
 
-    def _validate_choice(self) -> None:
+    def _check_choice(self) -> None:
         # What a router leaves unused may have any value.
         if self.router_type == "top_p":
             if self.router_top_p <= 1 / self.num_experts and self.norm_topk_prob:

@@ -18,11 +18,16 @@ Factors are those of `ModernAlbertExperts`: `A [E, r, in]` and `B [E, out, r]` o
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from .configuration_modernalbert import ModernAlbertConfig
+from .mixture_modernalbert import ModernAlbertMLP, ModernAlbertMoL
 
 
 def average(A: torch.Tensor, B: torch.Tensor, weights: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,21 +58,33 @@ def drop(A: torch.Tensor, B: torch.Tensor, weights: torch.Tensor, rank: int) -> 
     return torch.zeros_like(A[0]), torch.zeros_like(B[0])
 
 
-# What each method makes of a group's experts, and where the weights of the experts come from: even, given by the caller
-# (or even), or the routing of calibration text. `regression` and `cluster` are functions of a whole layer.
-METHODS: dict[str, tuple[Callable | None, str]] = {
-    "uniform": (average, "even"),
-    "ema": (average, "given"),
-    "svd": (svd, "given or even"),
-    "cat": (cat, "given or even"),
-    "frequency": (svd, "text"),
-    "regression": (None, "text"),
-    "cluster": (None, "text"),
-    "drop": (drop, "even"),
+class MergingMethod(NamedTuple):
+    """A way to merge.
+
+    Attributes:
+        combine: What it makes of a group's `A [E, r, in]`, `B [E, out, r]`, weights `[E]` and rank; None for a method
+            that looks at a whole layer.
+        source: Where the weights of the experts come from: `"even"`, `"given"` by the caller, `"given or even"`, or
+            `"text"`, the routing of calibration text.
+    """
+
+    combine: Callable | None
+    source: str
+
+
+METHODS = {
+    "uniform": MergingMethod(average, "even"),
+    "ema": MergingMethod(average, "given"),
+    "svd": MergingMethod(svd, "given or even"),
+    "cat": MergingMethod(cat, "given or even"),
+    "frequency": MergingMethod(svd, "text"),
+    "regression": MergingMethod(None, "text"),
+    "cluster": MergingMethod(None, "text"),
+    "drop": MergingMethod(drop, "even"),
 }
 
 
-def routing_weights(mixture: nn.Module, states: torch.Tensor) -> torch.Tensor:
+def routing_weights(mixture: ModernAlbertMoL, states: torch.Tensor) -> torch.Tensor:
     """Weight that the router gives to each expert for each token, 0 where it is not chosen.
 
     Args:
@@ -81,7 +98,7 @@ def routing_weights(mixture: nn.Module, states: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(logits).scatter(1, chosen, weights.to(logits.dtype))
 
 
-def mean_routing(mixture: nn.Module, states: torch.Tensor) -> torch.Tensor:
+def mean_routing(mixture: ModernAlbertMoL, states: torch.Tensor) -> torch.Tensor:
     """Mean over tokens of [`routing_weights`], `[E]`."""
     return torch.cat([routing_weights(mixture, part) for part in states.split(2048)]).mean(dim=0).to(states)
 
@@ -110,7 +127,9 @@ def reduced_rank(
     return (solution @ B).mT, B
 
 
-def regression(mixture: nn.Module, states: torch.Tensor, rank: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def regression(
+    mixture: ModernAlbertMoL, states: torch.Tensor, rank: int
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """The adapter that best reproduces a routed layer on given inputs: two regressions in closed form, ours.
 
     First the input projection, `x = h`, `y = sum_e p_e(h) s B1_e A1_e h`: the mean correction of the chosen experts,
@@ -139,21 +158,21 @@ def regression(mixture: nn.Module, states: torch.Tensor, rank: int) -> dict[str,
 
     def input_corrections():
         for h in chunks:
-            low = torch.einsum("th,erh->ter", h, experts.in_A) * routing_weights(mixture, h).to(h)[..., None]
-            yield h, experts.scaling * torch.einsum("ter,eor->to", low, experts.in_B)
+            low_rank = torch.einsum("th,erh->ter", h, experts.in_A) * routing_weights(mixture, h).to(h)[..., None]
+            yield h, experts.scaling * torch.einsum("ter,eor->to", low_rank, experts.in_B)
 
     in_A, in_B = fit(input_corrections(), experts.in_A, experts.in_B)
 
     def output_corrections():
         for h in chunks:
-            activated = mixture.gated(mixture.Wi(h) + F.linear(F.linear(h, in_A), in_B))
+            activated = mixture.glu(mixture.Wi(h) + F.linear(F.linear(h, in_A), in_B))
             yield activated, mixture(h) - mixture.Wo(activated)
 
     out_A, out_B = fit(output_corrections(), experts.out_A, experts.out_B)
     return {"in": (in_A, in_B / experts.scaling), "out": (out_A, out_B / experts.scaling)}
 
 
-def similarity(mixture: nn.Module, states: torch.Tensor) -> torch.Tensor:
+def similarity(mixture: ModernAlbertMoL, states: torch.Tensor) -> torch.Tensor:
     """Cosine between the corrections that the experts make to a layer's output, over all given tokens.
 
     Args:
@@ -167,10 +186,10 @@ def similarity(mixture: nn.Module, states: torch.Tensor) -> torch.Tensor:
     products = 0
     for h in states.split(512):
         projected = mixture.Wi(h)
-        shared = mixture.Wo(mixture.gated(projected))
+        shared = mixture.Wo(mixture.glu(projected))
         corrections = []
         for in_A, in_B, out_A, out_B in zip(*experts.parameters(), strict=True):
-            activated = mixture.gated(projected + experts.scaling * F.linear(F.linear(h, in_A), in_B))
+            activated = mixture.glu(projected + experts.scaling * F.linear(F.linear(h, in_A), in_B))
             output = mixture.Wo(activated) + experts.scaling * F.linear(F.linear(activated, out_A), out_B)
             corrections.append((output - shared).flatten())
         stacked = torch.stack(corrections).double()  # [E, tokens * H]
@@ -179,7 +198,7 @@ def similarity(mixture: nn.Module, states: torch.Tensor) -> torch.Tensor:
     return products / (norms[:, None] * norms).clamp(min=torch.finfo(products.dtype).tiny)
 
 
-def cluster(mixture: nn.Module, states: torch.Tensor, num_experts: int) -> list[list[int]]:
+def cluster(mixture: ModernAlbertMoL, states: torch.Tensor, num_experts: int) -> list[list[int]]:
     """Experts that make similar corrections, in `num_experts` groups: average linkage, from the most similar pair on."""
     cosines = similarity(mixture, states)
     groups = [[expert] for expert in range(len(cosines))]
@@ -190,7 +209,7 @@ def cluster(mixture: nn.Module, states: torch.Tensor, num_experts: int) -> list[
     return groups
 
 
-def merge_router(mixture: nn.Module, states: torch.Tensor, groups: list[list[int]]) -> torch.Tensor:
+def merge_router(mixture: ModernAlbertMoL, states: torch.Tensor, groups: list[list[int]]) -> torch.Tensor:
     """Router rows of merged experts, `[groups, H]`: the linear map closest to the log of the groups' probabilities.
 
     A group's probability is the sum of its experts', whose logit is `logsumexp` of theirs. That is not linear in the
@@ -206,7 +225,9 @@ def merge_router(mixture: nn.Module, states: torch.Tensor, groups: list[list[int
     return torch.linalg.solve(damped, cross).mT
 
 
-def collect_states(model: nn.Module, mixtures: Sequence[nn.Module], batches: Iterable[dict]) -> list[torch.Tensor]:
+def collect_states(
+    model: nn.Module, mixtures: Sequence[ModernAlbertMoL], batches: Iterable[dict]
+) -> list[torch.Tensor]:
     """Inputs of MoL layers over all their runs, `[tokens, H]` each, on batches of the encoder's inputs."""
     collected = [[] for _ in mixtures]
 
@@ -215,11 +236,13 @@ def collect_states(model: nn.Module, mixtures: Sequence[nn.Module], batches: Ite
 
     handles = [mixture.register_forward_pre_hook(keep(index)) for index, mixture in enumerate(mixtures)]
     modes = {module: module.training for module in model.modules()}
+    unpad_inputs, model.config.unpad_inputs = model.config.unpad_inputs, True  # layers are to see no padding
     model.eval()
     try:
         for batch in batches:
             model.base_model(**{name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"})
     finally:
+        model.config.unpad_inputs = unpad_inputs
         for handle in handles:
             handle.remove()
         for module, mode in modes.items():
@@ -229,7 +252,7 @@ def collect_states(model: nn.Module, mixtures: Sequence[nn.Module], batches: Ite
     return [torch.cat(states) for states in collected]
 
 
-def check_mergeable(config, text: bool) -> None:
+def check_mergeable(config: ModernAlbertConfig, text: bool) -> None:
     """Refuses a model whose experts cannot be merged, or not by looking at text.
 
     Raises:
@@ -248,7 +271,13 @@ def check_mergeable(config, text: bool) -> None:
 
 
 def check_arguments(
-    config, method: str, fold: bool, weights, batches, rank: int | None, num_experts: int | None
+    config: ModernAlbertConfig,
+    method: str,
+    fold: bool,
+    weights: Sequence[Sequence[float]] | None,
+    batches: Iterable[dict] | None,
+    rank: int | None,
+    num_experts: int | None,
 ) -> None:
     """Refuses what cannot be merged in the way that was asked for.
 
@@ -257,12 +286,12 @@ def check_arguments(
     """
     if method not in METHODS:
         raise ValueError(f"there is no merging method {method!r}; the methods are {', '.join(METHODS)}")
-    check_mergeable(config, METHODS[method][1] == "text")
+    check_mergeable(config, METHODS[method].source == "text")
     if config.num_experts == 0 or not config.mol_groups or (config.num_experts == 1 and not fold):
         raise ValueError(
             f"there is nothing to merge: `num_experts` is {config.num_experts} in {len(config.mol_groups)} MoL groups"
         )
-    source = METHODS[method][1]
+    source = METHODS[method].source
     if source == "text" and batches is None:
         raise ValueError(f"method {method!r} looks at how text is routed: give it some as `batches`")
     if source == "given" and weights is None:
@@ -274,8 +303,17 @@ def check_arguments(
                 f"`weights` must have {len(config.mol_groups)} rows, one for each MoL group, of {config.num_experts} "
                 f"values; got rows of {shape}"
             )
+        for row in weights:
+            if not all(math.isfinite(weight) and weight >= 0 for weight in row) or sum(row) == 0:
+                raise ValueError(f"`weights` must be finite and at least 0, and not all 0 in a group; got {list(row)}")
     if rank is not None and rank < 1:
         raise ValueError(f"`rank` must be at least 1, got {rank}")
+    joined = config.num_experts * config.expert_rank
+    if method == "cat" and not fold and joined > config.largest_rank:
+        raise ValueError(
+            f"method 'cat' joins {config.num_experts} experts of rank {config.expert_rank} to a rank of {joined}, more "
+            f"than the {config.largest_rank} of the layer: fold the adapter, or use 'svd' with a `rank`"
+        )
     if method == "cluster":
         if num_experts is None or not 2 <= num_experts < config.num_experts:
             raise ValueError(
@@ -289,8 +327,6 @@ def check_arguments(
 @torch.no_grad()
 def merge_experts(
     model: nn.Module,
-    plain_layer: type,
-    mixture_layer: type,
     method: str,
     fold: bool,
     weights: Sequence[Sequence[float]] | None,
@@ -301,28 +337,28 @@ def merge_experts(
     """Merges the experts of every MoL layer of a model in place; see `ModernAlbertPreTrainedModel.merge_experts`."""
     config = model.config
     check_arguments(config, method, fold, weights, batches, rank, num_experts)
-    blocks = [block for block in model.modules() if isinstance(getattr(block, "mlp", None), mixture_layer)]
+    blocks = [block for block in model.modules() if isinstance(getattr(block, "mlp", None), ModernAlbertMoL)]
     if config.num_experts == 1 and method != "drop":  # a merged adapter, to be folded
         method, batches = "uniform", None
     states = [None] * len(blocks)
-    if METHODS[method][1] == "text":
+    if METHODS[method].source == "text":
         states = collect_states(model, [block.mlp for block in blocks], batches)
     # One rank for both projections, which no matrix of either exceeds: where nothing is gained by a lower one, this.
     full = min(config.hidden_size, config.mol_intermediate_size)
     if rank is None:
-        rank = full if fold and METHODS[method][1] == "text" else config.expert_rank
+        rank = full if fold and METHODS[method].source == "text" else config.expert_rank
     rank = min(rank, full)
     for index, block in enumerate(blocks):
-        wide = torch.promote_types(block.mlp.Wi.weight.dtype, torch.float32)
-        mixture = copy.deepcopy(block.mlp).eval().to(wide)
-        given = None if weights is None else torch.tensor(weights[index], dtype=wide)
-        own = None if states[index] is None else states[index].to(wide)
+        upcast = torch.promote_types(block.mlp.Wi.weight.dtype, torch.float32)
+        mixture = copy.deepcopy(block.mlp).eval().to(upcast)
+        given = None if weights is None else torch.tensor(weights[index], dtype=upcast)
+        own = None if states[index] is None else states[index].to(upcast)
         if method == "cluster":
             reduce_experts(block.mlp, mixture, own, num_experts)
         else:
             adapter = merge_layer(mixture, method, own, given, rank)
             if fold:
-                block.mlp = fold_adapter(block.mlp, adapter, plain_layer)
+                block.mlp = fold_adapter(config, block.mlp, adapter)
             else:
                 keep_adapter(block.mlp, adapter)
     if method == "cluster":
@@ -346,31 +382,31 @@ def merge_layer(mixture, method: str, states, weights, rank: int) -> dict[str, t
     if weights is None:
         weights = experts.in_A.new_ones(len(experts.in_A))
     weights = (weights / weights.sum()).to(experts.in_A)
-    combine = METHODS[method][0]
+    combine = METHODS[method].combine
     return {
         "in": combine(experts.in_A, experts.in_B, weights, rank),
         "out": combine(experts.out_A, experts.out_B, weights, rank),
     }
 
 
-def fold_adapter(mixture: nn.Module, adapter: dict, plain_layer: type) -> nn.Module:
+def fold_adapter(config: ModernAlbertConfig, mixture: ModernAlbertMoL, adapter: dict) -> ModernAlbertMLP:
     """A plain feed-forward layer with the adapter added to its projections."""
     for linear, (A, B) in ((mixture.Wi, adapter["in"]), (mixture.Wo, adapter["out"])):
         linear.weight.copy_(linear.weight.to(A.dtype) + mixture.experts.scaling * (B @ A))
-    folded = plain_layer.__new__(plain_layer)
-    nn.Module.__init__(folded)
-    for name in ("Wi", "act", "Wo", "drop"):
-        setattr(folded, name, getattr(mixture, name))
+    with torch.device("meta"):  # its own weights are not needed
+        folded = ModernAlbertMLP(config)
+    for name, module in folded.named_children():
+        setattr(folded, name, getattr(mixture, name, module))
     return folded.train(mixture.training)
 
 
-def keep_adapter(mixture: nn.Module, adapter: dict) -> None:
+def keep_adapter(mixture: ModernAlbertMoL, adapter: dict) -> None:
     """Replaces the experts by one, and takes the router away."""
     set_experts(mixture, {side: (A[None], B[None]) for side, (A, B) in adapter.items()})
     mixture.router = None
 
 
-def set_experts(mixture: nn.Module, factors: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+def set_experts(mixture: ModernAlbertMoL, factors: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
     """Gives a layer new factors `A [E, r, in]` and `B [E, out, r]`, in the precision of the old."""
     for side, (A, B) in factors.items():
         for name, factor in ((f"{side}_A", A), (f"{side}_B", B)):
@@ -378,18 +414,18 @@ def set_experts(mixture: nn.Module, factors: dict[str, tuple[torch.Tensor, torch
             setattr(mixture.experts, name, nn.Parameter(factor.to(old).contiguous(), old.requires_grad))
 
 
-def reduce_experts(mixture: nn.Module, wide: nn.Module, states: torch.Tensor, num_experts: int) -> None:
+def reduce_experts(mixture: ModernAlbertMoL, upcast: ModernAlbertMoL, states: torch.Tensor, num_experts: int) -> None:
     """Merges similar experts of a layer, each cluster by `svd` with the weights that the router gave its members.
 
     Args:
         mixture: The layer to change.
-        wide: The same in float32 at least.
+        upcast: The same in float32 at least.
         states: Its inputs on calibration text, `[tokens, H]`.
         num_experts: Experts that are left.
     """
-    experts = wide.experts
-    usage = mean_routing(wide, states)
-    groups = cluster(wide, states, num_experts)
+    experts = upcast.experts
+    usage = mean_routing(upcast, states)
+    groups = cluster(upcast, states, num_experts)
     factors = {}
     for side in ("in", "out"):
         A, B = getattr(experts, f"{side}_A"), getattr(experts, f"{side}_B")
@@ -401,7 +437,7 @@ def reduce_experts(mixture: nn.Module, wide: nn.Module, states: torch.Tensor, nu
         ]
         factors[side] = tuple(torch.stack(parts) for parts in zip(*pairs, strict=True))
     router = mixture.router
-    rows = merge_router(wide, states, groups)
+    rows = merge_router(upcast, states, groups)
     router.weight = nn.Parameter(rows.to(router.weight), router.weight.requires_grad)
     router.num_experts_per_tok = min(router.num_experts_per_tok, num_experts)
     set_experts(mixture, factors)

@@ -24,9 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
-from transformers.utils.import_utils import is_tracing
 
 from .configuration_modernalbert import ModernAlbertConfig
+from .packing_modernalbert import is_traced
 from .routing_modernalbert import ROUTERS, ModernAlbertRouter
 
 
@@ -47,35 +47,35 @@ class ModernAlbertMLP(nn.Module):
         self.Wo.init_std = config.initializer_range / math.sqrt(2 * config.num_hidden_layers)
         self.drop = nn.Dropout(config.mlp_dropout)
 
-    def gated(self, projected: torch.Tensor) -> torch.Tensor:
+    def glu(self, projected: torch.Tensor) -> torch.Tensor:
         """`[..., 2 * intermediate]` to `[..., intermediate]`."""
         gate, value = projected.chunk(2, dim=-1)
         return self.act(gate) * value
 
     def forward(
-        self, hidden_states: torch.Tensor, depth: int = 0, text_ids: torch.Tensor | None = None
+        self, hidden_states: torch.Tensor, depth: int = 0, sequence_ids: torch.Tensor | None = None
     ) -> torch.Tensor:
         """The interface of all feed-forward layers; this one needs the states alone.
 
         Args:
             hidden_states: `[..., hidden]`.
             depth: Which run of its group this is, from 0.
-            text_ids: As for the router.
+            sequence_ids: As for the router.
 
         Returns:
             `[..., hidden]`.
         """
-        return self.drop(self.Wo(self.gated(self.Wi(hidden_states))))
+        return self.drop(self.Wo(self.glu(self.Wi(hidden_states))))
 
 
-def mix_dense(gated, scaling, projected, low, weights, experts, in_B, out_A):
-    """Mixture with static shapes: slot by slot, an expert's part of `low` kept and the others' masked to 0.
+def mix_dense(glu, scaling, projected, low_rank, weights, experts, in_B, out_A):
+    """Mixture with static shapes: slot by slot, an expert's part of `low_rank` kept and the others' masked to 0.
 
     Args:
-        gated: Activation, `[tokens, 2I]` to `[tokens, I]`.
+        glu: Activation, `[tokens, 2I]` to `[tokens, I]`.
         scaling: LoRA alpha / r.
         projected: Shared input projection, `[tokens, 2I]`.
-        low: Input projected by all `in_A`, `[tokens, E, r]`.
+        low_rank: Input projected by all `in_A`, `[tokens, E, r]`.
         weights: Router weights, `[tokens, k]`.
         experts: Chosen experts, int64 `[tokens, k]`.
         in_B: `[E, 2I, r]`.
@@ -84,22 +84,23 @@ def mix_dense(gated, scaling, projected, low, weights, experts, in_B, out_A):
     Returns:
         `sum_e p_e a_e` of shape `[tokens, I]`, and `p_e A2_e a_e` for each chosen expert, else 0, `[tokens, E, r]`.
     """
-    chosen = F.one_hot(experts, low.shape[1]).to(low.dtype)[..., None]  # [tokens, k, E, 1]
+    numbers = torch.arange(low_rank.shape[1], device=experts.device)
+    chosen = (experts[..., None] == numbers).to(low_rank.dtype)[..., None]  # [tokens, k, E, 1]; `vmap` has no one_hot
     in_B = in_B.transpose(1, 2).flatten(0, 1)  # [E * r, 2I]
-    activated, low_out = 0, 0
+    activated, low_rank_out = 0, 0
     for slot in range(experts.shape[1]):
-        delta = torch.mm((low * chosen[:, slot]).flatten(1), in_B)
-        part = weights[:, slot, None] * gated(projected + scaling * delta)
+        delta = torch.mm((low_rank * chosen[:, slot]).flatten(1), in_B)
+        part = weights[:, slot, None] * glu(projected + scaling * delta)
         activated = activated + part
-        low_out = low_out + F.linear(part, out_A.flatten(0, 1)).view_as(low) * chosen[:, slot]
-    return activated, low_out
+        low_rank_out = low_rank_out + F.linear(part, out_A.flatten(0, 1)).view_as(low_rank) * chosen[:, slot]
+    return activated, low_rank_out
 
 
 class GroupedMixture(torch.autograd.Function):
     """[`mix_dense`], expert by expert over the tokens that chose it: the fast form on a CPU.
 
     Works through chunks that fit the cache, and keeps nothing between the two passes but its inputs: the backward pass
-    repeats a chunk and differentiates it.
+    repeats a chunk and differentiates it. A backward pass that is to be differentiated itself runs [`mix_dense`].
     """
 
     chunk_size = 128
@@ -114,45 +115,55 @@ class GroupedMixture(torch.autograd.Function):
                 yield expert, chunk // experts.shape[1], chunk
 
     @staticmethod
-    def mix(gated, corrected, weights, out_A):
-        part = gated(corrected).mul_(weights[:, None])
+    def mix(glu, corrected, weights, out_A):
+        part = glu(corrected).mul_(weights[:, None])
         return part, F.linear(part, out_A)  # [chunk, I], [chunk, r]
 
     @staticmethod
-    def forward(ctx, gated, scaling, projected, low, weights, experts, in_B, out_A):
-        ctx.gated, ctx.scaling = gated, scaling
-        ctx.save_for_backward(projected, low, weights, experts, in_B, out_A)
+    def forward(ctx, glu, scaling, projected, low_rank, weights, experts, in_B, out_A):
+        ctx.glu, ctx.scaling = glu, scaling
+        ctx.save_for_backward(projected, low_rank, weights, experts, in_B, out_A)
         activated = projected.new_zeros(len(projected), out_A.shape[-1])
-        low_out = torch.zeros_like(low)
+        low_rank_out = torch.zeros_like(low_rank)
         flat_weights = weights.flatten()
         for expert, tokens, slots in GroupedMixture.chunks(experts, weights, len(in_B)):
-            corrected = projected.index_select(0, tokens).addmm_(low[tokens, expert], in_B[expert].t(), alpha=scaling)
-            part, part_low = GroupedMixture.mix(gated, corrected, flat_weights[slots], out_A[expert])
+            corrected = projected.index_select(0, tokens).addmm_(
+                low_rank[tokens, expert], in_B[expert].t(), alpha=scaling
+            )
+            part, part_low_rank = GroupedMixture.mix(glu, corrected, flat_weights[slots], out_A[expert])
             activated.index_add_(0, tokens, part)
-            low_out[tokens, expert] = part_low
-        return activated, low_out
+            low_rank_out[tokens, expert] = part_low_rank
+        return activated, low_rank_out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_activated, grad_low_out):
-        projected, low, weights, experts, in_B, out_A = ctx.saved_tensors
+    def backward(ctx, grad_activated, grad_low_rank_out):
+        projected, low_rank, weights, experts, in_B, out_A = ctx.saved_tensors
+        if torch.is_grad_enabled():  # with `create_graph`: what follows is differentiated again
+            # Views, since the tensors themselves may depend on each other, through an earlier run of the block.
+            inputs = [tensor.view_as(tensor) for tensor in (projected, low_rank, weights, in_B, out_A)]
+            outputs = mix_dense(ctx.glu, ctx.scaling, *inputs[:3], experts, *inputs[3:])
+            wanted = [tensor for tensor in inputs if tensor.requires_grad]
+            found = torch.autograd.grad(outputs, wanted, (grad_activated, grad_low_rank_out), create_graph=True)
+            found = iter(found)
+            grads = [next(found) if tensor.requires_grad else None for tensor in inputs]
+            return None, None, *grads[:3], None, *grads[3:]
         flat_weights = weights.flatten()
         # An expert without tokens gets a gradient of 0, not none.
         grad_projected, grad_low, grad_weights, grad_in_B, grad_out_A = (
-            torch.zeros_like(tensor) for tensor in (projected, low, flat_weights, in_B, out_A)
+            torch.zeros_like(tensor) for tensor in (projected, low_rank, flat_weights, in_B, out_A)
         )
         for expert, tokens, slots in GroupedMixture.chunks(experts, weights, len(in_B)):
-            chunk_low = low[tokens, expert]
-            corrected = projected.index_select(0, tokens).addmm_(chunk_low, in_B[expert].t(), alpha=ctx.scaling)
+            chunk_low_rank = low_rank[tokens, expert]
+            corrected = projected.index_select(0, tokens).addmm_(chunk_low_rank, in_B[expert].t(), alpha=ctx.scaling)
             with torch.enable_grad():
                 inputs = [t.detach().requires_grad_() for t in (corrected, flat_weights[slots], out_A[expert])]
-                outputs = GroupedMixture.mix(ctx.gated, *inputs)
+                outputs = GroupedMixture.mix(ctx.glu, *inputs)
             grad_corrected, grad_weights[slots], grad_A = torch.autograd.grad(
-                outputs, inputs, (grad_activated[tokens], grad_low_out[tokens, expert])
+                outputs, inputs, (grad_activated[tokens], grad_low_rank_out[tokens, expert])
             )
             grad_projected.index_add_(0, tokens, grad_corrected)
             grad_low[tokens, expert] = ctx.scaling * (grad_corrected @ in_B[expert])
-            grad_in_B[expert].addmm_(grad_corrected.t(), chunk_low, alpha=ctx.scaling)
+            grad_in_B[expert].addmm_(grad_corrected.t(), chunk_low_rank, alpha=ctx.scaling)
             grad_out_A[expert] += grad_A
         return None, None, grad_projected, grad_low, grad_weights.view_as(weights), None, grad_in_B, grad_out_A
 
@@ -190,7 +201,7 @@ class ModernAlbertExperts(ModernAlbertCorrections):
         projected: torch.Tensor,
         weights: torch.Tensor,
         chosen: torch.Tensor,
-        gated: Callable[[torch.Tensor], torch.Tensor],
+        glu: Callable[[torch.Tensor], torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Mixture of the corrected activations, and the correction of the output.
 
@@ -199,22 +210,22 @@ class ModernAlbertExperts(ModernAlbertCorrections):
             projected: Its shared projection, `[tokens, 2I]`.
             weights: Router weights, `[tokens, k]`.
             chosen: Chosen experts, int64 `[tokens, k]`.
-            gated: Activation, `[tokens, 2I]` to `[tokens, I]`.
+            glu: Activation, `[tokens, 2I]` to `[tokens, I]`.
 
         Returns:
             `sum_e p_e a_e`, `[tokens, I]`, and `s sum_e B2_e A2_e p_e a_e`, `[tokens, H]`.
         """
         dtype = projected.dtype  # of lower precision than the parameters under autocast
-        low = F.linear(states, self.in_A.flatten(0, 1)).to(dtype)
-        low = low.unflatten(-1, self.in_A.shape[:2])  # [tokens, E, r]
-        grouped = len(self.in_A) > 1 and states.device.type == "cpu" and not is_tracing(states)
+        low_rank = F.linear(states, self.in_A.flatten(0, 1)).to(dtype)
+        low_rank = low_rank.unflatten(-1, self.in_A.shape[:2])  # [tokens, E, r]
+        grouped = len(self.in_A) > 1 and states.device.type == "cpu" and not is_traced(states)
         mix = GroupedMixture.apply if grouped else mix_dense
-        activated, low_out = mix(
-            *(gated, self.scaling, projected, low, weights.to(dtype), chosen),
+        activated, low_rank_out = mix(
+            *(glu, self.scaling, projected, low_rank, weights.to(dtype), chosen),
             *(self.in_B.to(dtype), self.out_A.to(dtype)),
         )
         out_B = self.out_B.transpose(1, 2).flatten(0, 1).to(dtype)  # [E * r, H]
-        return activated, self.scaling * (low_out.flatten(1) @ out_B)
+        return activated, self.scaling * (low_rank_out.flatten(1) @ out_B)
 
 
 def make_router(config: ModernAlbertConfig) -> ModernAlbertRouter | None:
@@ -243,23 +254,25 @@ class ModernAlbertMoL(ModernAlbertMLP):
         super().__init__(config)
         self.experts = ModernAlbertExperts(config)
         self.router = make_router(config)
+        self.norm_topk_prob = config.norm_topk_prob  # the router may be wrapped, by PEFT for example
 
     def forward(
-        self, hidden_states: torch.Tensor, depth: int = 0, text_ids: torch.Tensor | None = None
+        self, hidden_states: torch.Tensor, depth: int = 0, sequence_ids: torch.Tensor | None = None
     ) -> torch.Tensor:
+        # Linear layers get the shape of the input: wrappers may index its rows, as PEFT's `adapter_names` does.
+        projected = self.Wi(hidden_states).flatten(0, -2)  # [tokens, 2 * intermediate]
         states = hidden_states.flatten(0, -2)  # [tokens, hidden]
-        projected = self.Wi(states)  # [tokens, 2 * intermediate]
         if self.router is None:
             weights = states.new_ones(len(states), 1)
             chosen = torch.zeros_like(weights, dtype=torch.long)
         else:
-            _, weights, chosen = self.router(states, depth, text_ids)
-        activated, correction = self.experts(states, projected, weights, chosen, self.gated)
-        if self.router is not None and not self.router.norm_topk_prob:
+            _, weights, chosen = self.router(states, depth, sequence_ids)
+        activated, correction = self.experts(states, projected, weights, chosen, self.glu)
+        if self.router is not None and not self.norm_topk_prob:
             rest = 1 - weights.sum(dim=-1, keepdim=True)
-            activated = activated + rest.to(projected.dtype) * self.gated(projected)
-        output = self.Wo(activated) + correction
-        return self.drop(output.view_as(hidden_states))
+            activated = activated + rest.to(projected.dtype) * self.glu(projected)
+        output = self.Wo(activated.unflatten(0, hidden_states.shape[:-1]))
+        return self.drop(output + correction.view_as(output))
 
 
 class ModernAlbertAdapters(nn.Module):
@@ -281,9 +294,11 @@ class ModernAlbertAdapters(nn.Module):
 
     def forward(self, states: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """`s sum_e p_e U_e act(D_e y)`, `[tokens, H]`, for y `[tokens, H]` and p `[tokens, E]`."""
-        low = self.act(F.linear(states, self.down.flatten(0, 1)))
-        low = low.unflatten(-1, self.down.shape[:2]) * weights.to(low.dtype)[..., None]  # [tokens, E, r]
-        return self.scaling * F.linear(low.flatten(1), self.up.transpose(0, 1).flatten(1))
+        low_rank = self.act(F.linear(states, self.down.flatten(0, 1)))
+        low_rank = (
+            low_rank.unflatten(-1, self.down.shape[:2]) * weights.to(low_rank.dtype)[..., None]
+        )  # [tokens, E, r]
+        return self.scaling * F.linear(low_rank.flatten(1), self.up.transpose(0, 1).flatten(1))
 
 
 class ModernAlbertMoA(ModernAlbertMLP):
@@ -303,17 +318,17 @@ class ModernAlbertMoA(ModernAlbertMLP):
         self.router = make_router(config)
 
     def forward(
-        self, hidden_states: torch.Tensor, depth: int = 0, text_ids: torch.Tensor | None = None
+        self, hidden_states: torch.Tensor, depth: int = 0, sequence_ids: torch.Tensor | None = None
     ) -> torch.Tensor:
         states = hidden_states.flatten(0, -2)  # [tokens, hidden]
         if self.router is None:
             weights = states.new_ones(len(states), 1)
         else:
-            logits, weights, chosen = self.router(states, depth, text_ids)
+            logits, weights, chosen = self.router(states, depth, sequence_ids)
             weights = weights.new_zeros(logits.shape).scatter(1, chosen, weights)  # [tokens, E]
-        output = self.Wo(self.gated(self.Wi(states)))
-        output = output + self.experts(output, weights)
-        return self.drop(output.view_as(hidden_states))
+        output = self.Wo(self.glu(self.Wi(hidden_states)))
+        correction = self.experts(output.flatten(0, -2), weights)
+        return self.drop(output + correction.view_as(output))
 
 
 class ModernAlbertDepthLoRA(ModernAlbertMLP):
@@ -328,11 +343,11 @@ class ModernAlbertDepthLoRA(ModernAlbertMLP):
         self.experts = ModernAlbertCorrections(config, config.layers_per_group)
 
     def forward(
-        self, hidden_states: torch.Tensor, depth: int = 0, text_ids: torch.Tensor | None = None
+        self, hidden_states: torch.Tensor, depth: int = 0, sequence_ids: torch.Tensor | None = None
     ) -> torch.Tensor:
         (in_A, in_B), (out_A, out_B) = ((A[depth], B[depth]) for A, B in self.experts.pairs())
         scaling = self.experts.scaling
-        activated = self.gated(self.Wi(hidden_states) + scaling * F.linear(F.linear(hidden_states, in_A), in_B))
+        activated = self.glu(self.Wi(hidden_states) + scaling * F.linear(F.linear(hidden_states, in_A), in_B))
         return self.drop(self.Wo(activated) + scaling * F.linear(F.linear(activated, out_A), out_B))
 
 

@@ -36,17 +36,18 @@ class ModernAlbertRouter(nn.Module):
         self.num_experts_per_tok = config.num_experts_per_tok
         self.norm_topk_prob = config.norm_topk_prob
         self.jitter_noise = config.router_jitter_noise
-        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        # Stated where it is made: it stays in float32 when a model is loaded in half precision.
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, dtype=torch.float32))
 
     def forward(
-        self, hidden_states: torch.Tensor, depth: int = 0, text_ids: torch.Tensor | None = None
+        self, hidden_states: torch.Tensor, depth: int = 0, sequence_ids: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Weights of the experts of every token.
 
         Args:
             hidden_states: `[tokens, hidden]`.
             depth: Which run of its group this is, from 0.
-            text_ids: Number of the text that each token belongs to, for a router that needs it, int64 `[tokens]`.
+            sequence_ids: Number of each token's sequence, for a router that needs it, int64 `[tokens]`.
 
         Returns:
             Logits `[tokens, E]`; weights and experts `[tokens, k]`. A weight of 0 means that the slot is empty.
@@ -58,14 +59,14 @@ class ModernAlbertRouter(nn.Module):
         # Autocast would take the logits to half precision and flip close choices.
         with torch.autocast(hidden_states.device.type, enabled=False):
             logits = F.linear(hidden_states, self.weight)
-        logits = self.adjust(logits, depth, text_ids)
+        logits = self.adjust(logits, depth, sequence_ids)
         probabilities = logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
         weights, experts = self.choose(probabilities)
         if self.norm_topk_prob:
             weights = weights / weights.sum(dim=-1, keepdim=True)
         return logits, weights, experts
 
-    def adjust(self, logits: torch.Tensor, depth: int, text_ids: torch.Tensor | None) -> torch.Tensor:
+    def adjust(self, logits: torch.Tensor, depth: int, sequence_ids: torch.Tensor | None) -> torch.Tensor:
         """Logits that decide, `[tokens, E]`, from those of the tokens."""
         return logits
 
@@ -114,17 +115,17 @@ class ModernAlbertTopPRouter(ModernAlbertRouter):
 
 
 class ModernAlbertSequenceRouter(ModernAlbertRouter):
-    """`router_type="sequence"`: all tokens of a text take the same experts, chosen from the mean of its states.
+    """`router_type="sequence"`: all tokens of a sequence take the same experts, chosen from the mean of its states.
 
-    MiLoRA (2024) routes once for a prompt; the mean is our choice. Texts are told apart in packed rows as in padded
+    MiLoRA (2024) routes once for a prompt; the mean is our choice. Sequences are told apart in packed rows as in padded
     ones, and padding has no part in the mean, in which the noise of the tokens all but cancels.
     """
 
-    def adjust(self, logits: torch.Tensor, depth: int, text_ids: torch.Tensor | None) -> torch.Tensor:
+    def adjust(self, logits: torch.Tensor, depth: int, sequence_ids: torch.Tensor | None) -> torch.Tensor:
         # The logits of a mean are the mean of the logits. Numbers run up to that of padding, `tokens`.
         counted = F.pad(logits, (0, 1), value=1.0)  # [tokens, E + 1]
-        sums = counted.new_zeros(len(counted) + 1, counted.shape[1]).index_add(0, text_ids, counted)
-        return (sums[:, :-1] / sums[:, -1:].clamp(min=1))[text_ids]
+        sums = counted.new_zeros(len(counted) + 1, counted.shape[1]).index_add(0, sequence_ids, counted)
+        return (sums[:, :-1] / sums[:, -1:].clamp(min=1))[sequence_ids]
 
 
 class ModernAlbertDepthRouter(ModernAlbertRouter):
@@ -135,9 +136,9 @@ class ModernAlbertDepthRouter(ModernAlbertRouter):
 
     def __init__(self, config: ModernAlbertConfig):
         super().__init__(config)
-        self.depth_bias = nn.Parameter(torch.empty(config.layers_per_group, config.num_experts))
+        self.depth_bias = nn.Parameter(torch.empty(config.layers_per_group, config.num_experts, dtype=torch.float32))
 
-    def adjust(self, logits: torch.Tensor, depth: int, text_ids: torch.Tensor | None) -> torch.Tensor:
+    def adjust(self, logits: torch.Tensor, depth: int, sequence_ids: torch.Tensor | None) -> torch.Tensor:
         return logits + self.depth_bias[depth]
 
 
@@ -187,7 +188,7 @@ def load_balancing_loss(
 
     What a choice is depends on the router: with `"top_k"` and `"depth"` each of the k experts counts 1 / k, with
     `"top_p"` each of the n that the token takes 1 / n. With `"soft"` all are taken and f = P, so that the loss is
-    `E * sum_e P_e^2`. With `"sequence"` a text counts as often as it has tokens, since load is work. Our choices.
+    `E * sum_e P_e^2`. With `"sequence"` a sequence counts as often as it has tokens, since load is work. Our choices.
 
     Args:
         router_logits: For every executed MoL layer, `[batch, seq, num_experts]`.

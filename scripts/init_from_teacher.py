@@ -79,6 +79,7 @@ def log_report(report: dict) -> None:
     embedding = report["embedding"]
     logger.info("embedding: %.1f%% of the energy kept", 100 * embedding["energy_kept"])
     logger.info("embedding: relative error %.3f after the norm", embedding["relative_error"])
+    logger.info("decoder: relative error %.3f", report["decoder"]["relative_error"])
     for number, group in enumerate(report["groups"]):
         line = f"group {number}: teacher layers {group['layers']}"
         if "widened_from" in group:

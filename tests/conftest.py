@@ -3,7 +3,13 @@ import gc
 import pytest
 import torch
 
-from modernalbert import ModernAlbertConfig, ModernAlbertModel
+from modernalbert import (
+    ModernAlbertConfig,
+    ModernAlbertModel,
+    mixture_modernalbert,
+    modeling_modernalbert,
+    packing_modernalbert,
+)
 
 
 # Every size differs from every other, so that a swapped dimension cannot go unseen.
@@ -64,6 +70,17 @@ def frozen_imports():
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture
+def trace(monkeypatch):
+    """Makes the model behave as in a traced graph."""
+
+    def pretend():
+        for module in (modeling_modernalbert, mixture_modernalbert, packing_modernalbert):
+            monkeypatch.setattr(module, "is_traced", lambda tensor: True)
+
+    return pretend
 
 
 @pytest.fixture(scope="session")

@@ -21,13 +21,13 @@ def naive_mol(mol, hidden_states):
             projected = mol.Wi(inputs) + scaling * F.linear(
                 F.linear(inputs, experts.in_A[expert]), experts.in_B[expert]
             )
-            activated = mol.gated(projected)
+            activated = mol.glu(projected)
             result = mol.Wo(activated) + scaling * F.linear(
                 F.linear(activated, experts.out_A[expert]), experts.out_B[expert]
             )
             output = output.index_add(0, tokens, weights[tokens, slot, None] * result)
     if not mol.router.norm_topk_prob:
-        output = output + (1 - weights.sum(dim=-1, keepdim=True)) * mol.Wo(mol.gated(mol.Wi(states)))
+        output = output + (1 - weights.sum(dim=-1, keepdim=True)) * mol.Wo(mol.glu(mol.Wi(states)))
     return output.view_as(hidden_states)
 
 
@@ -44,10 +44,10 @@ def naive_load_balancing_loss(router_logits, num_experts_per_tok, real=None):
         count = 0
         for logits in depths:
             for row in range(logits.shape[0]):
-                for place in range(logits.shape[1]):
-                    if real is not None and not real[row, place]:
+                for position in range(logits.shape[1]):
+                    if real is not None and not real[row, position]:
                         continue
-                    probabilities = logits[row, place].exp() / logits[row, place].exp().sum()
+                    probabilities = logits[row, position].exp() / logits[row, position].exp().sum()
                     for expert in probabilities.argsort(descending=True)[:num_experts_per_tok]:
                         load[expert] += 1 / num_experts_per_tok
                     probability = probability + probabilities

@@ -11,7 +11,14 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations import flex_attention
 from transformers.masking_utils import flash_attention_mask
 
-from modernalbert import ModernAlbertForMaskedLM, ModernAlbertModel, mixture_modernalbert, modeling_modernalbert
+from modernalbert import ModernAlbertForMaskedLM, packing_modernalbert
+from modernalbert.packing_modernalbert import (
+    FlashAttention,
+    PerSequenceAttention,
+    RepaddedAttention,
+    VarlenAttention,
+    choose_attention,
+)
 
 
 # transformers asks torch for what torch is about to drop.
@@ -88,31 +95,33 @@ BACKENDS = {
     "varlen": "sdpa",
     "traced_eager": "eager",
     "traced_sdpa": "sdpa",
+    "rows_eager": "eager",
+    "rows_sdpa": "sdpa",
 }
 
 
 @pytest.fixture(params=BACKENDS)
-def backend(request, monkeypatch):
-    """A way to run attention, ready to be used: the library's name for it."""
+def backend(request, monkeypatch, trace):
+    """A way to run attention, ready to be used: the library's name for it, and whether padding is removed."""
     if request.param == "flex":
         monkeypatch.setattr(flex_attention, "compile_friendly_flex_attention", naive_flex)
     elif request.param == "varlen":
-        monkeypatch.setattr(modeling_modernalbert, "varlen_attn", naive_varlen)
-        monkeypatch.setattr(ModernAlbertModel, "attention_over_texts", lambda self, device: "varlen")
+        monkeypatch.setattr(packing_modernalbert, "varlen_attn", naive_varlen)
+        monkeypatch.setattr(packing_modernalbert, "PerSequenceAttention", VarlenAttention)
     elif request.param.startswith("traced"):
-        for module in (modeling_modernalbert, mixture_modernalbert):
-            monkeypatch.setattr(module, "is_tracing", lambda tensor=None: True)
+        trace()
     # The library compiles the making of flex_attention's masks, for seconds each.
     with torch.compiler.set_stance("force_eager"):
-        yield BACKENDS[request.param]
+        yield BACKENDS[request.param], not request.param.startswith("rows")
 
 
 @pytest.fixture
 def make_backend_model(make_model, backend):
     def make(name, **overrides):
-        model = make_model(**{**MODELS[name], **overrides})
+        implementation, unpad_inputs = backend
+        model = make_model(**{**MODELS[name], "unpad_inputs": unpad_inputs, **overrides})
         # Past the library's check that an implementation with "flash" in its name is installed.
-        model.config._attn_implementation = backend
+        model.config._attn_implementation = implementation
         return model
 
     return make
@@ -331,6 +340,15 @@ def test_everything_that_is_recorded_is_zero_at_padding(make_backend_model, form
         assert tensor[~padding].count_nonzero() > 0
 
 
+def over_rows(mask):
+    """Attention with a given mask, in place of what the model chooses."""
+
+    def attention(interface, module, query, key, value, **kwargs):
+        return interface(module, *(states.transpose(1, 2) for states in (query, key, value)), mask, **kwargs)
+
+    return attention
+
+
 def test_positions_with_gaps_are_for_rope_only(make_model, make_backend_model):
     """The sliding window counts tokens, as FlashAttention does, and not the positions that a caller gives."""
     text, positions = random_tokens(8), torch.tensor([0, 1, 2, 7, 8, 9, 20, 21])
@@ -342,7 +360,7 @@ def test_positions_with_gaps_are_for_rope_only(make_model, make_backend_model):
         mask = additive(allowed)[None, None]
         embeddings = reference.rotary_emb(states, positions[None], layer_type)
         states = reference.layers[index // 2](
-            states, position_embeddings=embeddings, attention_mask=mask, layout=None, window=None
+            states, position_embeddings=embeddings, attention=over_rows(mask), depth=index % 2, sequence_ids=None
         )
     states = reference.final_norm(states)[0]
 
@@ -475,34 +493,30 @@ def test_mask_of_the_callers_own_may_say_what_padding_says(make_model, implement
 
 
 @pytest.mark.parametrize(
-    ("implementation", "device", "dtype", "overrides", "way"),
+    ("implementation", "device", "dtype", "dropout", "kernel", "kind"),
     [
-        ("sdpa", "cpu", torch.float32, {}, "each"),
-        ("sdpa", "cpu", torch.bfloat16, {}, "each"),
-        ("sdpa", "cuda", torch.bfloat16, {}, "varlen"),
-        ("sdpa", "cuda", torch.float16, {}, "varlen"),
-        ("sdpa", "cuda", torch.float32, {}, "rows"),  # the kernel takes half precision only
-        ("sdpa", "cuda", torch.bfloat16, {"varlen_attn": None}, "rows"),
-        ("sdpa", "cuda", torch.bfloat16, {"attention_dropout": 0.1}, "rows"),  # the kernel has no dropout
-        ("sdpa", "cuda", torch.bfloat16, {"attention_dropout": 0.1, "training": False}, "varlen"),
-        ("eager", "cpu", torch.float32, {}, "rows"),
-        ("eager", "cuda", torch.bfloat16, {}, "rows"),
-        ("flex_attention", "cuda", torch.bfloat16, {}, "rows"),
-        ("flash_attention_2", "cuda", torch.bfloat16, {}, "flash"),
-        ("kernels-community/vllm-flash-attn3", "cuda", torch.bfloat16, {}, "flash"),
+        ("sdpa", "cpu", torch.float32, 0.0, naive_varlen, PerSequenceAttention),
+        ("sdpa", "cpu", torch.bfloat16, 0.0, naive_varlen, PerSequenceAttention),
+        ("sdpa", "cuda", torch.bfloat16, 0.0, naive_varlen, VarlenAttention),
+        ("sdpa", "cuda", torch.float16, 0.0, naive_varlen, VarlenAttention),
+        ("sdpa", "cuda", torch.float32, 0.0, naive_varlen, RepaddedAttention),  # the kernel takes half precision only
+        ("sdpa", "cuda", torch.bfloat16, 0.0, None, RepaddedAttention),
+        ("sdpa", "cuda", torch.bfloat16, 0.1, naive_varlen, RepaddedAttention),  # the kernel has no dropout
+        ("eager", "cpu", torch.float32, 0.0, naive_varlen, RepaddedAttention),
+        ("eager", "cuda", torch.bfloat16, 0.0, naive_varlen, RepaddedAttention),
+        ("flex_attention", "cuda", torch.bfloat16, 0.0, naive_varlen, RepaddedAttention),
+        ("flash_attention_2", "cuda", torch.bfloat16, 0.0, naive_varlen, FlashAttention),
+        ("kernels-community/vllm-flash-attn3", "cuda", torch.bfloat16, 0.0, naive_varlen, FlashAttention),
     ],
 )
-def test_choice_of_a_way_to_run_attention(monkeypatch, implementation, device, dtype, overrides, way):
-    monkeypatch.setattr(modeling_modernalbert, "varlen_attn", overrides.get("varlen_attn", naive_varlen))
-    weight = SimpleNamespace(dtype=dtype)
-    model = SimpleNamespace(
-        config=SimpleNamespace(
-            _attn_implementation=implementation, attention_dropout=overrides.get("attention_dropout", 0.0)
-        ),
-        training=overrides.get("training", True),
-        embeddings=SimpleNamespace(projection=SimpleNamespace(weight=weight)),
-    )
-    assert ModernAlbertModel.attention_over_texts(model, torch.device(device)) == way
+def test_choice_of_attention_over_unpadded_sequences(
+    monkeypatch, implementation, device, dtype, dropout, kernel, kind
+):
+    monkeypatch.setattr(packing_modernalbert, "varlen_attn", kernel)
+    monkeypatch.setattr(packing_modernalbert.RowAttention, "__init__", lambda *arguments: None)
+    config = SimpleNamespace(_attn_implementation=implementation)
+    states = SimpleNamespace(device=torch.device(device), dtype=dtype)
+    assert type(choose_attention(config, None, states, None, dropout)) is kind
 
 
 # ---- On an accelerator

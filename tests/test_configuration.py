@@ -10,7 +10,7 @@ from modernalbert import ModernAlbertConfig, ModernAlbertForMaskedLM, ModernAlbe
 from modernalbert.configuration_modernalbert import PRESETS
 
 
-SIZES_IN_MILLIONS = {"nano": (1, 5), "tiny": (50, 52), "medium": (55, 59), "base": (74, 78), "large": (117, 123)}
+SIZES_IN_MILLIONS = {"nano": (1, 5), "tiny": (50, 52), "medium": (55, 60), "base": (74, 78), "large": (117, 123)}
 
 
 def parameters_of_built_model(config):
@@ -46,8 +46,12 @@ def test_parameter_count_equals_the_built_model(overrides):
     assert config.num_parameters() == parameters_of_built_model(config)
 
 
-def test_tiny_is_the_default():
-    assert ModernAlbertConfig.preset("tiny").to_dict() == ModernAlbertConfig().to_dict()
+def test_the_defaults_are_those_of_tiny_but_for_the_wider_mol_groups():
+    assert ModernAlbertConfig.preset("tiny").to_dict() == ModernAlbertConfig(mol_intermediate_size=2624).to_dict()
+
+
+def test_mol_groups_are_as_wide_as_the_others_by_default():
+    assert ModernAlbertConfig(intermediate_size=384).mol_intermediate_size == 384
 
 
 def test_preset_takes_overrides():
@@ -68,7 +72,6 @@ def test_instances_share_no_lists():
     first.mol_groups.append(7)
     first.layer_types[0] = "sliding_attention"
     first.rope_parameters["full_attention"]["rope_theta"] = 3.0
-    first.auto_map["AutoModel"] = "elsewhere"
     assert second.to_dict() == ModernAlbertConfig.preset("medium").to_dict() == expected
     assert presets == PRESETS
 

@@ -336,7 +336,7 @@ def test_similarity_is_the_cosine_of_corrections(make_model):
     with torch.no_grad():
         (inputs,) = collect_states(model, [mixture], TEXT[:1])
         cosines = similarity(mixture, inputs)
-        shared = mixture.Wo(mixture.gated(mixture.Wi(inputs)))
+        shared = mixture.Wo(mixture.glu(mixture.Wi(inputs)))
         corrections = []
         for expert in range(4):  # an expert alone is a merge to that expert
             alone = copy.deepcopy(model).merge_experts("cat", weights=[[float(e == expert) for e in range(4)]])

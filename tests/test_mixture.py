@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from reference import naive_load_balancing_loss, naive_mol
 from torch import nn
 
-from modernalbert import ModernAlbertForMaskedLM, mixture_modernalbert
+from modernalbert import ModernAlbertForMaskedLM
 from modernalbert.mixture_modernalbert import GroupedMixture, ModernAlbertMLP, ModernAlbertMoL
 from modernalbert.routing_modernalbert import load_balancing_loss
 
@@ -17,10 +17,10 @@ ROUTING = [(1, False), (2, True), (2, False), (4, True), (4, False)]
 
 
 @pytest.fixture(params=["grouped", "dense"])
-def form(request, monkeypatch):
+def form(request, trace):
     """Both forms of the mixture: the one for eager CPU, and the one for accelerators and traced graphs."""
     if request.param == "dense":
-        monkeypatch.setattr(mixture_modernalbert, "is_tracing", lambda tensor=None: True)
+        trace()
     return request.param
 
 
@@ -88,12 +88,12 @@ def test_gradients_of_the_grouped_form_equal_finite_differences():
         )
     )
 
-    def gated(projected):
+    def glu(projected):
         gate, value = projected.chunk(2, dim=-1)
         return F.gelu(gate) * value
 
     torch.autograd.gradcheck(
-        lambda *inputs: GroupedMixture.apply(gated, 0.7, inputs[0], inputs[1], inputs[2], experts, *inputs[3:]),
+        lambda *inputs: GroupedMixture.apply(glu, 0.7, inputs[0], inputs[1], inputs[2], experts, *inputs[3:]),
         (projected, low, weights, in_B, out_A),
     )
 
@@ -110,12 +110,12 @@ def test_expert_without_tokens_gets_a_gradient_of_zero(make_mol, form):
 
 
 @pytest.mark.parametrize(("chunks", "rest"), [(1, -1), (1, 0), (1, 1), (2, 0), (2, 1)])
-def test_chunks_cover_every_token_once(make_mol, monkeypatch, chunks, rest):
+def test_chunks_cover_every_token_once(make_mol, trace, chunks, rest):
     tokens = chunks * GroupedMixture.chunk_size + rest
     mol = make_mol(num_experts_per_tok=4)  # every expert has all tokens
     states = random_states(tokens)
     actual = values_and_gradients(mol, mol, states)
-    monkeypatch.setattr(mixture_modernalbert, "is_tracing", lambda tensor=None: True)
+    trace()
     expected = values_and_gradients(mol, mol, states)
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 

@@ -255,6 +255,7 @@ def expected_initialisation(config, name):
         "Wo.weight": ("normal", 0.05 / math.sqrt(2 * config.num_hidden_layers)),
         "router.weight": ("normal", 0.05),
         "head.dense.weight": ("normal", config.hidden_size**-0.5),
+        "decoder_projection.weight": ("normal", config.hidden_size**-0.5),
         "classifier.weight": ("normal", config.hidden_size**-0.5),
         "decoder.weight": ("normal", 0.05),
     }
@@ -741,7 +742,9 @@ def test_too_long_a_text_is_refused(make_model, padded):
     input_ids = torch.arange(3, 21).view(2, 9)
     mask = torch.ones_like(input_ids)
     mask[0, 3:] = 0
-    with pytest.raises(ValueError, match="a text has 9 tokens.*at most 8 .`max_position_embeddings`.; truncate it"):
+    with pytest.raises(
+        ValueError, match="a sequence has 9 tokens.*at most 8 .`max_position_embeddings`.; truncate it"
+    ):
         model(input_ids, mask if padded else None)
 
 
@@ -750,7 +753,7 @@ def test_length_is_that_of_texts_not_of_rows(make_model):
     input_ids = torch.arange(3, 21).view(1, 18)
     model(input_ids, position_ids=torch.cat([torch.arange(8), torch.arange(8), torch.arange(2)])[None])
     model(input_ids, torch.tensor([[0] * 10 + [1] * 8]))
-    with pytest.raises(ValueError, match="a text has 9 tokens"):
+    with pytest.raises(ValueError, match="a sequence has 9 tokens"):
         model(input_ids, position_ids=torch.cat([torch.arange(9), torch.arange(9)])[None])
 
 

@@ -26,7 +26,7 @@ EXPERT_RULES = ("zero", "svd")
 # What a student has in common with any teacher; widths and depths are its preset's.
 SHARED_FIELDS = (
     *("vocab_size", "pad_token_id", "bos_token_id", "cls_token_id", "eos_token_id", "sep_token_id"),
-    *("norm_eps", "hidden_activation", "initializer_range"),
+    *("norm_eps", "hidden_activation", "classifier_activation", "initializer_range"),
     *("max_position_embeddings", "local_attention", "rope_parameters"),
 )
 
@@ -145,9 +145,9 @@ def shape_misfits(teacher_config: ModernBertConfig, config: ModernAlbertConfig) 
                 f"`{name}` ({getattr(config, name)}) is narrower than the teacher's feed-forward layers; set it to "
                 f"{teacher_config.intermediate_size} or more"
             )
-    for name in ("attention_bias", "mlp_bias", "norm_bias"):
+    for name in ("attention_bias", "mlp_bias", "norm_bias", "classifier_bias"):
         if getattr(teacher_config, name):
-            misfits.append(f"the teacher has `{name}`, which the student has no place for; choose a teacher without")
+            misfits.append(f"the teacher has `{name}`, which the student does not have; choose a teacher without")
     try:
         teacher_segments(teacher_config.num_hidden_layers, config.num_hidden_groups)
     except ValueError as error:
@@ -187,12 +187,10 @@ def student_config(
 def initialize_from_teacher(
     teacher: ModernBertForMaskedLM, config: ModernAlbertConfig, layers: str = "stepwise", experts: str = "zero"
 ) -> tuple[ModernAlbertForMaskedLM, dict]:
-    """Builds a student whose encoder starts from a teacher's.
+    """Builds a student whose encoder and head start from a teacher's.
 
-    What the teacher has nothing for stays as a new model draws it, from torch's global generator: the router, neurons
-    beyond twice the teacher's width (their output is 0), and the head. The student's head maps H to E before its
-    activation, the teacher's H to H, and no linear map carries one over to the other; only the decoder's bias is
-    taken.
+    What the teacher has nothing for stays as a new model draws it, from torch's global generator: the router, and
+    neurons beyond twice the teacher's width (their output is 0).
 
     Args:
         teacher: With its masked-LM head; not modified.
@@ -205,7 +203,8 @@ def initialize_from_teacher(
 
     Returns:
         The student on the CPU, and what can be said of it as JSON: for each group its teacher layers and, with
-        `"svd"`, the share of their energy that the experts caught; the energy and the error of the embedding.
+        `"svd"`, the share of their energy that the experts caught; the energy and the error of the embedding; the
+        error of the decoder.
 
     Raises:
         ValueError: The two do not fit, see [`check_fit`].
@@ -242,8 +241,7 @@ def initialize_from_teacher(
             group["expert_energy"] = fit_experts(block.mlp, [mean_layer(encoder, [index]) for index in fitted])
         report["groups"].append(group)
     student.model.final_norm.weight.copy_(encoder.final_norm.weight)
-    if config.decoder_bias and teacher.config.decoder_bias:
-        student.decoder.bias.copy_(teacher.decoder.bias)
+    report["decoder"] = copy_head(teacher, student)
     return student, report
 
 
@@ -259,9 +257,9 @@ def factorize_embedding(encoder: ModernBertModel, embeddings: ModernAlbertEmbedd
     Returns:
         `energy_kept`, the share of the squared singular values of `z`, and `relative_error` of the fit.
     """
-    table = wide(encoder.embeddings.tok_embeddings.weight).double()  # [V, H]
+    table = upcast(encoder.embeddings.tok_embeddings.weight).double()  # [V, H]
     unit = F.layer_norm(table, table.shape[1:], eps=encoder.embeddings.norm.eps)
-    target = unit * wide(encoder.embeddings.norm.weight)
+    target = unit * upcast(encoder.embeddings.norm.weight)
     size = embeddings.tok_embeddings.embedding_dim
     # The Gram matrix has the same directions, and is H x H.
     energies, directions = torch.linalg.eigh(unit.T @ unit)
@@ -283,6 +281,26 @@ def factorize_embedding(encoder: ModernBertModel, embeddings: ModernAlbertEmbedd
     }
 
 
+def copy_head(teacher: ModernBertForMaskedLM, student: ModernAlbertForMaskedLM) -> dict[str, float]:
+    """Gives the student the teacher's prediction head, and the projection that makes its decoder the closest one.
+
+    The teacher scores the head's output g with its decoder `[V, H]`, the student with its table times the projection,
+    `[V, E] [E, H]`: the projection is the least-squares fit, in float64.
+
+    Returns:
+        `relative_error` of the decoder's matrix.
+    """
+    student.head.dense.weight.copy_(teacher.head.dense.weight)
+    student.head.norm.weight.copy_(teacher.head.norm.weight)
+    if student.config.decoder_bias and teacher.config.decoder_bias:
+        student.decoder.bias.copy_(teacher.decoder.bias)
+    table, target = student.decoder.weight.double(), upcast(teacher.decoder.weight).double()
+    inverse = torch.linalg.pinv(table.T @ table, rtol=1e-12, hermitian=True)
+    projection = inverse @ table.T @ target  # [E, H]
+    student.decoder_projection.weight.copy_(projection)
+    return {"relative_error": ((table @ projection - target).norm() / target.norm()).item()}
+
+
 def mean_layer(encoder: ModernBertModel, indices: Sequence[int]) -> EffectiveLayer:
     """Mean of the effective matrices of teacher layers."""
     layers = [effective_layer(encoder, index) for index in indices]
@@ -298,18 +316,18 @@ def effective_layer(encoder: ModernBertModel, index: int) -> EffectiveLayer:
     """
     layer = encoder.layers[index]
     if isinstance(layer.attn_norm, nn.Identity):
-        attn_scale = wide(encoder.embeddings.norm.weight).square().mean().sqrt()
+        attn_scale = upcast(encoder.embeddings.norm.weight).square().mean().sqrt()
     else:
-        attn_scale = wide(layer.attn_norm.weight)
+        attn_scale = upcast(layer.attn_norm.weight)
     return EffectiveLayer(
-        Wqkv=wide(layer.attn.Wqkv.weight) * attn_scale,
-        attn_Wo=wide(layer.attn.Wo.weight),
-        Wi=(wide(layer.mlp.Wi.weight) * wide(layer.mlp_norm.weight)).unflatten(0, (2, -1)),
-        Wo=wide(layer.mlp.Wo.weight),
+        Wqkv=upcast(layer.attn.Wqkv.weight) * attn_scale,
+        attn_Wo=upcast(layer.attn.Wo.weight),
+        Wi=(upcast(layer.mlp.Wi.weight) * upcast(layer.mlp_norm.weight)).unflatten(0, (2, -1)),
+        Wo=upcast(layer.mlp.Wo.weight),
     )
 
 
-def wide(weight: torch.Tensor) -> torch.Tensor:
+def upcast(weight: torch.Tensor) -> torch.Tensor:
     """A teacher's weight as the student's are: whatever it was loaded in, on the CPU in float32."""
     return weight.to("cpu", torch.float32)
 
@@ -344,8 +362,8 @@ def fit_experts(mixture: ModernAlbertMoL | ModernAlbertDepthLoRA, targets: list[
         no difference.
     """
     experts, caught, total = mixture.experts, 0.0, 0.0
-    for place, target in enumerate(targets):
-        same = slice(place, None, len(targets))
+    for index, target in enumerate(targets):
+        same = slice(index, None, len(targets))
         Wi, Wo = widen(target, target, mixture)
         for A, B, linear, goal in (
             (experts.in_A, experts.in_B, mixture.Wi, Wi),

@@ -39,7 +39,6 @@ class Tester:
     is_training = True
     batch_size, seq_length, num_choices = 13, 7, 4
     vocab_size, hidden_size, num_attention_heads = 99, 32, 4
-    use_mask = True
 
     def __init__(self, model_classes, fields):
         self.config_class = model_classes[0].config_class
@@ -61,8 +60,7 @@ class Tester:
 
     def prepare_config_and_inputs_for_common(self):
         inputs = {"input_ids": ids_tensor([self.batch_size, self.seq_length], self.vocab_size)}
-        if self.use_mask:
-            inputs["attention_mask"] = random_attention_mask(inputs["input_ids"].shape)
+        inputs["attention_mask"] = random_attention_mask(inputs["input_ids"].shape)
         return self.get_config(), inputs
 
 
@@ -128,10 +126,6 @@ class ModernAlbert(CommonTests, unittest.TestCase):
         "test_training_gradient_checkpointing_use_reentrant_true": (
             "reentrant checkpointing takes the gradient from the balancing loss; we refuse the two together",
             lambda self: self.model_tester.fields.update(router_aux_loss_coef=0),
-        ),
-        "test_retain_grad_hidden_states_attentions": (
-            "with a mask, hidden states are copies that are 0 at padding; the gradient does not pass them",
-            lambda self: setattr(self.model_tester, "use_mask", False),
         ),
     }
 
