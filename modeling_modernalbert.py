@@ -257,8 +257,9 @@ class ModernAlbertLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention: RowAttention,
-        depth: int,
-        sequence_ids: torch.Tensor | None,
+        depth: int = 0,
+        sequence_ids: torch.Tensor | None = None,
+        padded: PaddedSequences | UnpaddedSequences | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         """One run of the block.
@@ -269,12 +270,17 @@ class ModernAlbertLayer(GradientCheckpointingLayer):
             attention: Attention of this layer type over the sequences of the batch.
             depth: Which run of its group this is, from 0.
             sequence_ids: Number of each token's sequence, for a router that chooses once per sequence, `[tokens]`.
+            padded: Given where hidden states are recorded: input and output are padded, `[batch, seq, hidden]`, so that
+                what is recorded has the caller's shape and stays in the graph.
             **kwargs: Of the attention implementation.
         """
+        if padded is not None:
+            hidden_states = padded.unpad_input(hidden_states)
         hidden_states = (
             hidden_states + self.attn(self.attn_norm(hidden_states), position_embeddings, attention, **kwargs)[0]
         )
-        return hidden_states + self.mlp(self.mlp_norm(hidden_states), depth, sequence_ids)
+        hidden_states = hidden_states + self.mlp(self.mlp_norm(hidden_states), depth, sequence_ids)
+        return hidden_states if padded is None else padded.pad_output(hidden_states)
 
 
 @auto_docstring
@@ -289,8 +295,8 @@ class ModernAlbertPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _keep_in_fp32_modules_strict = ["router"]
-    # Hidden states are recorded by `run_layers`, since they leave it padded and gradients are to pass through them.
     _can_record_outputs = {
+        "hidden_states": ModernAlbertLayer,
         "attentions": ModernAlbertAttention,
         "router_logits": OutputRecorder(ModernAlbertRouter, index=0),
     }
@@ -394,14 +400,6 @@ class ModernAlbertPreTrainedModel(PreTrainedModel):
         return model
 
 
-def select_hidden_states(output_hidden_states: bool | int | list[int], count: int) -> range | set[int]:
-    """Indices of the hidden states to return, of `count`: all, none, or those given, negative ones from the end."""
-    if isinstance(output_hidden_states, bool):
-        return range(count if output_hidden_states else 0)
-    indices = [output_hidden_states] if isinstance(output_hidden_states, int) else output_hidden_states
-    return {index % count for index in indices if -count <= index < count}
-
-
 @auto_docstring
 class ModernAlbertModel(ModernAlbertPreTrainedModel):
     def __init__(self, config: ModernAlbertConfig):
@@ -476,7 +474,6 @@ class ModernAlbertModel(ModernAlbertPreTrainedModel):
         sequences: PaddedSequences | UnpaddedSequences,
         attention: dict[str, RowAttention],
         position_embeddings: dict[str, tuple[torch.Tensor, torch.Tensor]],
-        output_hidden_states: bool | int | list[int] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ModernAlbertModelOutput:
         """The layers and the final norm.
@@ -486,24 +483,18 @@ class ModernAlbertModel(ModernAlbertPreTrainedModel):
             sequences: How the sequences of the batch lie in it.
             attention: Attention over them, by layer type.
             position_embeddings: Cosines and sines of RoPE, by layer type.
-            output_hidden_states: Whether hidden states are recorded, or which.
-            **kwargs: Of the attention implementation, and which other outputs are recorded.
+            **kwargs: Of the attention implementation, and which outputs are recorded.
 
         Returns:
-            The last hidden states and those recorded, `[batch, seq, hidden]`; attentions and router logits as recorded.
+            Hidden states, `[batch, seq, hidden]`, and router logits, `[tokens, num_experts]`.
         """
-        config, recorded = self.config, []
-        if output_hidden_states is None:
-            output_hidden_states = config.output_hidden_states
-        selected = select_hidden_states(output_hidden_states, config.num_hidden_layers + 1)
+        config = self.config
         routed_by_sequence = config.has_router and config.router_type == "sequence"
         sequence_ids = sequences.number_tokens() if routed_by_sequence else None
+        padded = sequences if kwargs.get("output_hidden_states", config.output_hidden_states) else None
+        if padded is not None:
+            hidden_states = padded.pad_output(hidden_states)
         for index, layer_type in enumerate(config.layer_types):
-            if index in selected:  # unpadded again, so that gradients pass through what is returned
-                recorded.append(sequences.pad_output(hidden_states))
-                hidden_states = sequences.unpad_input(recorded[-1])
-            else:
-                recorded.append(None)
             group, depth = divmod(index, config.layers_per_group)
             hidden_states = self.layers[group](
                 hidden_states,
@@ -511,13 +502,12 @@ class ModernAlbertModel(ModernAlbertPreTrainedModel):
                 attention=attention[layer_type],
                 depth=depth,
                 sequence_ids=sequence_ids,
+                padded=padded,
                 **kwargs,
             )
-        last_hidden_state = sequences.pad_output(self.final_norm(hidden_states))
-        recorded.append(last_hidden_state if config.num_hidden_layers in selected else None)
-        return ModernAlbertModelOutput(
-            last_hidden_state=last_hidden_state, hidden_states=tuple(recorded) if selected else None
-        )
+        if padded is not None:
+            hidden_states = padded.unpad_input(hidden_states)
+        return ModernAlbertModelOutput(last_hidden_state=sequences.pad_output(self.final_norm(hidden_states)))
 
     def check_length(self, length: int) -> None:
         """Refuses a sequence that is longer than `max_position_embeddings`, unless RoPE scales with the length.

@@ -419,7 +419,7 @@ def dependence(model, inputs, row, columns):
     return torch.stack([gradient.abs().sum(-1).flatten() > 0 for gradient in gradients])
 
 
-@pytest.mark.parametrize("local_attention", [2, 4, 8, 40])
+@pytest.mark.parametrize("local_attention", [2, 4, 14, 40])  # 14: the longest sequence is just beyond the window
 @pytest.mark.parametrize("form", ["alone", "right", "left", "holes", "packed_by_positions", "packed_in_rows"])
 def test_one_sliding_layer_sees_half_the_window_on_each_side(make_backend_model, form, local_attention):
     model = make_backend_model(
@@ -439,6 +439,18 @@ def test_one_sliding_layer_sees_half_the_window_on_each_side(make_backend_model,
     near = (torch.arange(9)[:, None] - torch.arange(9)).abs() <= local_attention // 2
     seen[:, row * seq + columns] = near
     assert torch.equal(dependence(model, batch.inputs, row, columns), seen)
+
+
+@pytest.mark.parametrize(
+    "cu_seq_lens",
+    [[0, 9], [1, 9, 18], [0, 9, 17], [0, 12, 18], [0, 9, 7, 18]],
+    ids=["too few", "late", "short", "over the end of a row", "falling"],
+)
+@pytest.mark.parametrize("unpad_inputs", [True, False])
+def test_lengths_that_do_not_divide_the_rows_are_refused(make_model, cu_seq_lens, unpad_inputs):
+    model = make_model(unpad_inputs=unpad_inputs)
+    with pytest.raises(ValueError, match=r"`cu_seq_lens_q` must rise from 0 to the number of real tokens \(18\)"):
+        model(random_tokens(2, 9), cu_seq_lens_q=torch.tensor(cu_seq_lens, dtype=torch.int32))
 
 
 # ---- Dropout, masks of the caller's own, the choice of a way
