@@ -368,6 +368,23 @@ def test_embedding_of_low_rank_is_exact(make_teacher, scale):
         found = student.model.embeddings(INPUT_IDS, None)
     torch.testing.assert_close(found, teacher.model.embeddings(INPUT_IDS).detach(), **CLOSE)
     assert torch.isfinite(student.model.embeddings.tok_embeddings.weight).all()
+    # The head is the teacher's, and so are the scores that the decoder gives, but for the row of equal values.
+    states = normed_states()
+    with torch.no_grad():
+        found = student.decoder(student.decoder_projection(student.head(states)))
+        expected = teacher.decoder(teacher.head(states))
+    other = torch.arange(VOCAB) != 4
+    torch.testing.assert_close(found[:, other], expected[:, other], rtol=1e-3, atol=1e-3 * scale)
+
+
+def test_decoder_is_the_best_fit_for_its_table(make_teacher):
+    teacher = make_teacher()
+    student, report = start(teacher, num_hidden_layers=2, num_hidden_groups=2, embedding_size=9)
+    table, target = (model.decoder.weight.detach().double() for model in (student, teacher))
+    best = torch.linalg.lstsq(table, target, rcond=1e-5, driver="gelsd").solution
+    torch.testing.assert_close(student.decoder_projection.weight.double(), best, rtol=1e-4, atol=1e-4)
+    error = ((table @ best - target).norm() / target.norm()).item()
+    assert report["decoder"]["relative_error"] == pytest.approx(error, abs=1e-5) and error > 0.1
 
 
 def test_segments_divide_the_teacher():

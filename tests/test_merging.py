@@ -392,6 +392,9 @@ def test_a_model_of_clusters_saves_trains_and_merges_on(make_model, tmp_path):
     [
         ("ema", {}, "'ema' needs `weights`"),
         ("svd", {"weights": [[1, 2, 3]]}, r"1 rows, .* of 4 values; got rows of \[3\]"),
+        ("ema", {"weights": [[1, -2, 3, 4]]}, r"`weights` must be finite and at least 0.* got \[1, -2, 3, 4\]"),
+        ("svd", {"weights": [[1, float("nan"), 3, 4]]}, "`weights` must be finite"),
+        ("cat", {"weights": [[0, 0, 0, 0]]}, "not all 0 in a group"),
         ("regression", {}, "'regression' looks at how text is routed: give it some as `batches`"),
         ("frequency", {"batches": []}, "`batches` is empty"),
         ("cluster", {"batches": TEXT}, "needs `num_experts` from 2 to 3, got None"),
@@ -403,6 +406,23 @@ def test_a_model_of_clusters_saves_trains_and_merges_on(make_model, tmp_path):
 def test_what_a_method_lacks_is_named(make_model, method, arguments, message):
     with pytest.raises(ValueError, match=message):
         make_model().merge_experts(method, **arguments)
+
+
+def test_a_joined_adapter_wider_than_its_layer_is_refused_before_merging(make_model):
+    model = make_model(expert_rank=9)
+    with pytest.raises(ValueError, match="'cat' joins 4 experts of rank 9 to a rank of 36, more than the 32"):
+        model.merge_experts("cat", fold=False)
+    assert model.config.num_experts == 4
+    model.merge_experts("cat")
+
+
+def test_calibration_sees_no_padding(make_model):
+    states = []
+    for unpad_inputs in (True, False):
+        model = make_model(unpad_inputs=unpad_inputs)
+        states += collect_states(model, [model.layers[1].mlp], TEXT)
+        assert model.config.unpad_inputs is unpad_inputs
+    torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
 
 
 def test_collecting_keeps_each_modules_mode(make_model):
