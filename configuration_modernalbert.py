@@ -163,7 +163,7 @@ class ModernAlbertConfig(PreTrainedConfig):
     num_hidden_layers: int = 14
     num_hidden_groups: int = 7
 
-    # Mixture of LoRAs, or what stands in its place
+    # Mixture of LoRAs, or its alternatives
     ffn_modulation: Literal["mol", "moa", "depth_lora", "none"] = "mol"
     mol_groups: list[int] | None = None
     mol_intermediate_size: int | None = None
@@ -207,11 +207,11 @@ class ModernAlbertConfig(PreTrainedConfig):
 
     @classmethod
     def preset(cls, name: str, **overrides) -> "ModernAlbertConfig":
-        """Configuration of a named size: `nano` (3M), `tiny` (51M), `medium` (58M), `base` (76M), `large` (122M).
+        """Configuration of a named size: `nano` (3M), `tiny` (52M), `medium` (59M), `base` (78M), `large` (123M).
 
         `tiny` is the published work-in-progress configuration, with 8 experts of which a token takes 2. `medium`,
         `base` and `large` are reconstructions: of the paper's models of 55M, 75M and 120M parameters only widths,
-        layer counts and the places of the MoL groups are known, and these shapes fit them. `nano` is not the paper's.
+        layer counts and the indices of the MoL groups are known, and these shapes fit them. `nano` is not the paper's.
 
         Args:
             name: One of the five sizes.
@@ -399,11 +399,6 @@ class ModernAlbertConfig(PreTrainedConfig):
         for name in ("embedding_dropout", "attention_dropout", "mlp_dropout", "classifier_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` ({getattr(self, name)}) must be in [0, 1)")
-        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
-            raise ValueError(
-                f"`pad_token_id` ({self.pad_token_id}) must be below `vocab_size` ({self.vocab_size}); pass the "
-                "`pad_token_id` of your tokenizer, or None"
-            )
 
     def _check_attention(self) -> None:
         if self.hidden_size % self.num_attention_heads or (self.hidden_size // self.num_attention_heads) % 2:

@@ -256,7 +256,7 @@ def check_mergeable(config: ModernAlbertConfig, text: bool) -> None:
     """Refuses a model whose experts cannot be merged, or not by looking at text.
 
     Raises:
-        ValueError: Its layers are no Mixture of LoRAs, or its router does not choose for a token by itself.
+        ValueError: Its layers are not a Mixture of LoRAs, or its router does not route each token independently.
     """
     if config.ffn_modulation != "mol":
         raise ValueError(
@@ -279,7 +279,7 @@ def check_arguments(
     rank: int | None,
     num_experts: int | None,
 ) -> None:
-    """Refuses what cannot be merged in the way that was asked for.
+    """Refuses arguments that do not fit the model or each other.
 
     Raises:
         ValueError: There are no experts to merge, the method is unknown, or it lacks what it needs.
@@ -343,7 +343,7 @@ def merge_experts(
     states = [None] * len(blocks)
     if METHODS[method].source == "text":
         states = collect_states(model, [block.mlp for block in blocks], batches)
-    # One rank for both projections, which no matrix of either exceeds: where nothing is gained by a lower one, this.
+    # The full rank of both projections, used where a lower rank saves nothing.
     full = min(config.hidden_size, config.mol_intermediate_size)
     if rank is None:
         rank = full if fold and METHODS[method].source == "text" else config.expert_rank
@@ -372,7 +372,9 @@ def merge_experts(
         config.expert_alpha = config.expert_alpha * config.expert_rank / before
 
 
-def merge_layer(mixture, method: str, states, weights, rank: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def merge_layer(
+    mixture: ModernAlbertMoL, method: str, states: torch.Tensor | None, weights: torch.Tensor | None, rank: int
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """One pair `A [rank, in]`, `B [out, rank]` for the projections `"in"` and `"out"` of a layer."""
     if method == "regression":
         return regression(mixture, states, rank)
@@ -401,13 +403,13 @@ def fold_adapter(config: ModernAlbertConfig, mixture: ModernAlbertMoL, adapter: 
 
 
 def keep_adapter(mixture: ModernAlbertMoL, adapter: dict) -> None:
-    """Replaces the experts by one, and takes the router away."""
+    """Replaces the experts by one, and removes the router."""
     set_experts(mixture, {side: (A[None], B[None]) for side, (A, B) in adapter.items()})
     mixture.router = None
 
 
 def set_experts(mixture: ModernAlbertMoL, factors: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Gives a layer new factors `A [E, r, in]` and `B [E, out, r]`, in the precision of the old."""
+    """Sets the factors `A [E, r, in]` and `B [E, out, r]` of a layer, in the dtype of the old ones."""
     for side, (A, B) in factors.items():
         for name, factor in ((f"{side}_A", A), (f"{side}_B", B)):
             old = getattr(mixture.experts, name)
@@ -419,7 +421,7 @@ def reduce_experts(mixture: ModernAlbertMoL, upcast: ModernAlbertMoL, states: to
 
     Args:
         mixture: The layer to change.
-        upcast: The same in float32 at least.
+        upcast: The same layer in float32 at least.
         states: Its inputs on calibration text, `[tokens, H]`.
         num_experts: Experts that are left.
     """
@@ -429,7 +431,7 @@ def reduce_experts(mixture: ModernAlbertMoL, upcast: ModernAlbertMoL, states: to
     factors = {}
     for side in ("in", "out"):
         A, B = getattr(experts, f"{side}_A"), getattr(experts, f"{side}_B")
-        # Members that the text never used count alike.
+        # Members that the text never used get equal weights.
         shares = [usage[group] + torch.finfo(usage.dtype).tiny for group in groups]
         pairs = [
             svd(A[group], B[group], share / share.sum(), A.shape[1])

@@ -99,15 +99,15 @@ def mix_dense(glu, scaling, projected, low_rank, weights, experts, in_B, out_A):
 class GroupedMixture(torch.autograd.Function):
     """[`mix_dense`], expert by expert over the tokens that chose it: the fast form on a CPU.
 
-    Works through chunks that fit the cache, and keeps nothing between the two passes but its inputs: the backward pass
-    repeats a chunk and differentiates it. A backward pass that is to be differentiated itself runs [`mix_dense`].
+    It processes chunks that fit the cache, and saves only its inputs: the backward pass recomputes each chunk and
+    differentiates it. A backward pass with `create_graph` (double backward) runs [`mix_dense`].
     """
 
     chunk_size = 128
 
     @staticmethod
     def chunks(experts: torch.Tensor, weights: torch.Tensor, num_experts: int):
-        """For each chunk: the expert, its tokens, and their slots in the flattened `[tokens * k]`, no empty ones."""
+        """For each chunk: the expert, its tokens, and their slots in the flattened `[tokens * k]`; empty slots are left out."""
         flat = experts.masked_fill(weights == 0, num_experts).flatten()
         counts = torch.bincount(flat, minlength=num_experts + 1).tolist()
         for expert, slots in enumerate(flat.argsort(stable=True).split(counts)[:num_experts]):
@@ -138,7 +138,7 @@ class GroupedMixture(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_activated, grad_low_rank_out):
         projected, low_rank, weights, experts, in_B, out_A = ctx.saved_tensors
-        if torch.is_grad_enabled():  # with `create_graph`: what follows is differentiated again
+        if torch.is_grad_enabled():  # `create_graph`: this backward pass is differentiated again
             # Views, since the tensors themselves may depend on each other, through an earlier run of the block.
             inputs = [tensor.view_as(tensor) for tensor in (projected, low_rank, weights, in_B, out_A)]
             outputs = mix_dense(ctx.glu, ctx.scaling, *inputs[:3], experts, *inputs[3:])
@@ -229,7 +229,7 @@ class ModernAlbertExperts(ModernAlbertCorrections):
 
 
 def make_router(config: ModernAlbertConfig) -> ModernAlbertRouter | None:
-    """The router that `router_type` names; none for a single expert."""
+    """The router of `router_type`; None for a single expert."""
     return ROUTERS[config.router_type](config) if config.num_experts > 1 else None
 
 
@@ -302,14 +302,14 @@ class ModernAlbertAdapters(nn.Module):
 
 
 class ModernAlbertMoA(ModernAlbertMLP):
-    """Mixture of adapters: the experts stand behind the shared feed-forward layer, which they leave as it is.
+    """Mixture of adapters: the experts follow the shared feed-forward layer, which stays unchanged.
 
         y = W_o geglu(W_i h),    MoA(h) = y + s sum_{e in S} p_e U_e act(D_e y),    s = expert_alpha / expert_rank
 
     The router is MoL's and reads h, as there; the bottleneck is `expert_rank` wide. Adapters are small, and all run for
-    every token: those not chosen have a weight of 0. The paper compares with routed adapters behind the layer and does
-    not state their form: activation, scale, the router's input and the start at 0 are our choice, taken so that only
-    the place of the experts differs from MoL.
+    every token: those not chosen have a weight of 0. The paper compares with routed adapters after the layer and does not
+    state their form: activation, scale, the router's input and the start at 0 are our choice, so that only the position of
+    the experts differs from MoL.
     """
 
     def __init__(self, config: ModernAlbertConfig):
@@ -351,7 +351,7 @@ class ModernAlbertDepthLoRA(ModernAlbertMLP):
         return self.drop(self.Wo(activated) + scaling * F.linear(F.linear(activated, out_A), out_B))
 
 
-# What `ModernAlbertConfig.modulation` names.
+# By `ModernAlbertConfig.modulation`.
 FEED_FORWARD_LAYERS = {
     "mol": ModernAlbertMoL,
     "moa": ModernAlbertMoA,

@@ -67,7 +67,7 @@ from .packing_modernalbert import (
 from .routing_modernalbert import ModernAlbertDepthRouter, ModernAlbertRouter, load_balancing_loss
 
 
-# The interfaces of transformers that are not public and have no public counterpart, here alone; seen in 5.17 to 5.24.
+# Interfaces of transformers that are not public and have no public counterpart. Seen in 5.17 to 5.24.
 from transformers.modeling_rope_utils import dynamic_rope_update  # isort: skip
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs  # isort: skip
 
@@ -77,7 +77,7 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class RoutingOutput(ModelOutput):
-    """What routing adds to an output.
+    """Fields that routing adds to an output.
 
     Args:
         aux_loss (`torch.FloatTensor` of shape `()`):
@@ -131,6 +131,11 @@ class ModernAlbertEmbeddings(nn.Module):
 
     def __init__(self, config: ModernAlbertConfig):
         super().__init__()
+        if config.pad_token_id is not None and not 0 <= config.pad_token_id < config.vocab_size:
+            raise ValueError(
+                f"`pad_token_id` ({config.pad_token_id}) must be below `vocab_size` ({config.vocab_size}); set it to the "
+                "`pad_token_id` of your tokenizer, or None"
+            )
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.embedding_size, padding_idx=config.pad_token_id)
         self.norm = nn.LayerNorm(config.embedding_size, eps=config.norm_eps, bias=False)
         self.projection = nn.Linear(config.embedding_size, config.hidden_size, bias=False)
@@ -510,13 +515,13 @@ class ModernAlbertModel(ModernAlbertPreTrainedModel):
         return ModernAlbertModelOutput(last_hidden_state=sequences.pad_output(self.final_norm(hidden_states)))
 
     def check_length(self, length: int) -> None:
-        """Refuses a sequence that is longer than `max_position_embeddings`, unless RoPE scales with the length.
+        """Refuses a sequence that is longer than `max_position_embeddings`, unless RoPE is scaled.
 
         Raises:
             ValueError: It is.
         """
-        scales = "dynamic" in self.rotary_emb.rope_type.values()
-        if length > self.config.max_position_embeddings and not scales:
+        scaled = any(rope_type != "default" for rope_type in self.rotary_emb.rope_type.values())
+        if length > self.config.max_position_embeddings and not scaled:
             raise ValueError(
                 f"a sequence has {length} tokens, but the model was made for at most "
                 f"{self.config.max_position_embeddings} (`max_position_embeddings`); truncate it, e.g. with "
@@ -538,7 +543,7 @@ class ModernAlbertPredictionHead(nn.Module):
 
 
 class ModernAlbertHeadModel(ModernAlbertPreTrainedModel):
-    """What the task heads share: encoder, prediction head, and the balancing loss beside the task's."""
+    """Base of the task heads: encoder, prediction head, and the balancing loss beside the task loss."""
 
     def __init__(self, config: ModernAlbertConfig):
         super().__init__(config)
@@ -592,15 +597,17 @@ class ModernAlbertHeadModel(ModernAlbertPreTrainedModel):
 
 
 def recorded(outputs: ModernAlbertModelOutput) -> dict:
-    """What a head hands on of the encoder's output."""
+    """Fields of the encoder's output that a head returns as they are."""
     return {name: getattr(outputs, name) for name in ("hidden_states", "attentions", "aux_loss", "router_logits")}
 
 
-def count_labelled(labelled: torch.Tensor, num_items_in_batch: torch.Tensor | int | None):
-    """Labelled items by which a loss is divided, and the share of them that is here.
+def count_labelled(
+    labelled: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Labelled items by which a loss is divided, and the share of them in this micro-batch.
 
     A loss is the sum over its labelled items divided by `num_items_in_batch`, the count over all accumulated
-    micro-batches where Trainer gives it, else the count here. A batch without any gives 0.
+    micro-batches if Trainer gives it, else the count here. A batch without labels has a loss of 0.
     """
     here = labelled.sum()
     total = here if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=here.device)
@@ -682,7 +689,7 @@ class ModernAlbertClassifierModel(ModernAlbertHeadModel):
         return self.classifier(self.drop(self.head(hidden_states)))
 
 
-@auto_docstring(custom_intro="ModernALBERT with a classification or regression head over the pooled text.")
+@auto_docstring(custom_intro="ModernALBERT with a classification or regression head over the pooled sequence.")
 class ModernAlbertForSequenceClassification(ModernAlbertClassifierModel):
     def __init__(self, config: ModernAlbertConfig):
         super().__init__(config, config.num_labels)

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""How the sequences of a batch lie in the encoder, and how attention keeps them apart.
+"""Layout of the sequences of a batch in the encoder, and the attention that keeps them apart.
 
 A batch comes as rows, `[batch, seq]`, with padding or with several packed sequences per row. The encoder runs either on
 these rows or, by default, on real tokens only: all sequences packed into one row, `[1, tokens]`, without padding.
@@ -33,7 +33,7 @@ except ImportError:
     varlen_attn = None
 
 
-# What a caller may give about packed sequences beside `cu_seq_lens_q`, and what follows from it.
+# Further arguments about packed sequences, which follow from `cu_seq_lens_q`; they are accepted and not read.
 SEQUENCE_LENGTHS = ("cu_seq_lens_k", "max_length_q", "max_length_k", "num_items_in_batch")
 
 
@@ -41,7 +41,7 @@ def is_traced(tensor: torch.Tensor) -> bool:
     """Whether a graph is being recorded, whose shapes and control flow cannot depend on the values of tensors.
 
     True under `torch.compile`, `torch.export`, `torch.jit.trace`, CUDA graph capture and the transforms of `torch.func`,
-    and for what only stands for a tensor: fake tensors and proxies of `torch.fx`.
+    and for stand-ins of tensors: fake tensors and proxies of `torch.fx`.
     """
     return (
         torch.compiler.is_compiling()
@@ -61,7 +61,10 @@ def inside_torch_func() -> bool:
 
 
 def uses_flash_attention(config: PreTrainedConfig) -> bool:
-    """Whether attention runs in one of the library's FlashAttention implementations."""
+    """Whether attention runs in one of the library's FlashAttention implementations.
+
+    The field has no public name; transformers' own models read it. Seen in 5.17 to 5.24.
+    """
     return "flash" in (config._attn_implementation or "")
 
 

@@ -36,7 +36,7 @@ class ModernAlbertRouter(nn.Module):
         self.num_experts_per_tok = config.num_experts_per_tok
         self.norm_topk_prob = config.norm_topk_prob
         self.jitter_noise = config.router_jitter_noise
-        # Stated where it is made: it stays in float32 when a model is loaded in half precision.
+        # The dtype is explicit, so that the weight stays in float32 when a model is loaded in half precision.
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, dtype=torch.float32))
 
     def forward(
@@ -84,11 +84,11 @@ class ModernAlbertSoftRouter(ModernAlbertRouter):
 
 
 def most_probable(probabilities: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """As many of the most probable experts as it takes to reach `top_p` together.
+    """The most probable experts whose probabilities sum to at least `top_p`.
 
     Args:
         probabilities: `[..., E]`.
-        top_p: Reached by all experts, if not by fewer.
+        top_p: Sum to reach.
 
     Returns:
         Probabilities in falling order, 0 for experts that are not needed, and the experts, each `[..., E]`.
@@ -182,9 +182,9 @@ def load_balancing_loss(
     """Load-balancing loss of Switch Transformer (section 2.2), `E * sum_e f_e P_e`, averaged over the MoL groups.
 
     `f_e` is the share of all choices that fell on expert e, `P_e` its mean router probability; both run over real
-    tokens and over all depths of a group. So it is 1 where the load is even, whatever k is, and asks for balance over
-    the depths of a group together, as MoEUT does: an expert may serve one depth more than another. The paper does not
-    state its formula.
+    tokens and over all depths of a group. So it is 1 for an even load, whatever k is, and balances the load over all
+    depths of a group, as MoEUT does: an expert may serve one depth more than another. The paper does not state its
+    formula.
 
     What a choice is depends on the router: with `"top_k"` and `"depth"` each of the k experts counts 1 / k, with
     `"top_p"` each of the n that the token takes 1 / n. With `"soft"` all are taken and f = P, so that the loss is
