@@ -1,30 +1,51 @@
 """Gathers the `results.json` of many runs into one table and one plot.
 
-    python scripts/compare_results.py runs/tiny-glue runs/tiny-squad runs/bert-glue --output_dir runs/comparison
+    python scripts/compare_results.py --runs runs/tiny-glue runs/tiny-squad runs/bert-glue --output_dir runs/comparison
 
-A folder counts as the run it holds, or else as all runs directly below it. A row is a model, by the name of its folder or
-on the Hub; then come the baselines that were scored beside them. A second run of a model on the same task has a row of
-its own. A column is the main score of a task. `comparison.png` plots quality, the mean over the tasks that all models have,
+A folder counts as the run it holds, or else as all runs directly below it. A row is a model, by its name on the Hub or the
+name of its folder, with the hash of its files where two folders have one name; then come the baselines that were scored
+beside them. A second run of a model on the same task has a row of its own. A column is the main score of a task. `comparison.png` plots quality, the mean over the tasks that all models have,
 against parameters, and where all were timed on the same hardware in batches of the same size, against time.
 """
 
-import json
 import logging
+import math
 import statistics
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from modernalbert.training.finetuning import format_markdown, format_score
-from modernalbert.training.runs import RESULTS_NAME, write_files
+from modernalbert.training.cli import parse_arguments, run_script
+from modernalbert.training.evaluation.results import format_score
+from modernalbert.training.reports.tables import markdown_table
+from modernalbert.training.runs import RESULTS_NAME, read_json, write_files
 
 
 logger = logging.getLogger(__name__)
 
-FIELDS = ("task", "model", "parameters", "scores", "settings", "details", "environment")
+
+@dataclass
+class ComparisonArguments:
+    """Which runs, and where to write."""
+
+    runs: list[str] = field(metadata={"help": "Folders of runs, or folders of such folders."})
+    output_dir: str = field(metadata={"help": "Folder that receives table and plot."})
+
+
+FIELDS = {
+    "task": str,
+    "model": str,
+    "parameters": int,
+    "scores": dict,
+    "data": dict,
+    "settings": dict,
+    "details": dict,
+}
+FIELDS |= {"environment": dict}
 
 
 def read_results(folder: str | Path) -> list[tuple[str, dict[str, Any]]]:
@@ -42,23 +63,36 @@ def read_results(folder: str | Path) -> list[tuple[str, dict[str, Any]]]:
     found = []
     for path in paths:
         try:
-            results = json.loads(path.read_text(encoding="utf-8"))
+            results = read_json(path)
+            for name, kind in FIELDS.items():
+                if not isinstance(results[name], kind):
+                    raise TypeError(name)
+            if not results["scores"] or not all(map(math.isfinite, results["scores"].values())):
+                raise ValueError("scores")
             found.append((path.parent.name, {name: results[name] for name in FIELDS}))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"'{path}' is not what run_glue.py, run_squad.py or run_beir.py writes; leave its folder out"
+                f"'{path}' is not what the task scripts (run_glue.py and others) write; leave its folder out"
             ) from error
     return found
 
 
 def collect(runs: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """Rows by their name: those of models, then those of baselines.
+    """Rows of the table by name: models, then baselines.
 
     Returns:
         For each its `scores`, pairs `(value, std or None)` by their column; `parameters`, None for a baseline; and
         `times`, milliseconds for a row of text, the batch size and the hardware, by column where they were measured.
     """
-    rows = {}
+    rows, scored = {}, defaultdict(set)
+    for _, results in runs:
+        for task, prints in fingerprints(results).items():
+            scored[task].add(prints)
+    if mixed := [task for task, prints in scored.items() if len(prints) > 1]:
+        raise ValueError(
+            f"the runs of '{mixed[0]}' were scored on different rows; compare runs with the same validation files, split "
+            "and `max_eval_samples`"
+        )
 
     def add(name: str, folder: str, results: dict, prefix: str = "") -> None:
         """Of a model (`prefix` "") or its merged form ("merged_")."""
@@ -73,6 +107,8 @@ def collect(runs: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, dict[str, A
         cells = to_cells(results, own)
         if rows.get(name, {"scores": {}})["scores"].keys() & cells.keys():
             name = f"{name} ({folder})"
+        while rows.get(name, {"scores": {}})["scores"].keys() & cells.keys():  # folders of one name
+            name += "'"
         row = rows.setdefault(name, {"scores": {}, "parameters": None, "times": {}})
         row["scores"] |= cells
         row["parameters"] = details["merged_parameters"] if prefix else results["parameters"]
@@ -80,11 +116,12 @@ def collect(runs: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, dict[str, A
             if (time := facts.get(f"{prefix}milliseconds_per_row")) is not None:
                 row["times"][column] = time, batch, results["environment"]["hardware"]
 
-    for folder, results in runs:
-        name = results["model"] + (", LoRA" if results["settings"].get("peft") else "")
+    names = name_models([results for _, results in runs])
+    for (folder, results), name in zip(runs, names, strict=True):
+        name += ", LoRA" if results["settings"].get("peft") else ""
         add(name, folder, results)
         add(f"{name}, merged", folder, results, "merged_")
-    for _, results in runs:  # the same beside every model: the first of each task stands
+    for _, results in runs:  # the same for every model: the first of each task is kept
         for name, figures in results["details"].get("baselines", {}).items():
             row = rows.setdefault(name, {"scores": {}, "parameters": None, "times": {}})
             row["scores"] = (
@@ -93,8 +130,29 @@ def collect(runs: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, dict[str, A
     return rows
 
 
+def fingerprints(results: dict[str, Any]) -> dict[str, str]:
+    """Hashes of the rows that each task was scored on."""
+    data = results["data"] if results["task"] == "glue" else {results["task"]: results["data"]}
+    return {
+        task: " ".join(facts["fingerprint"] for split, facts in sorted(splits.items()) if split != "train")
+        for task, splits in data.items()
+    }
+
+
+def name_models(runs: Sequence[dict[str, Any]]) -> list[str]:
+    """Name of each run's model: its folder or Hub name, with a hash if several models share it."""
+    identities = [results["settings"].get("model_name_or_path", results["model"]) for results in runs]
+    models = defaultdict(set)
+    for results, identity in zip(runs, identities, strict=True):
+        models[results["model"]].add(identity)
+    return [
+        results["model"] + (f" ({identity.split()[-1][:8]})" if len(models[results["model"]]) > 1 else "")
+        for results, identity in zip(runs, identities, strict=True)
+    ]
+
+
 def to_cells(results: dict[str, Any], scores: dict[str, tuple]) -> dict[str, tuple]:
-    """Scores by their column: one a task, with its main score."""
+    """Main score of each task, by column."""
     if results["task"] == "glue":
         return {"GLUE mean" if column == "mean" else column: value for column, value in scores.items()}
     return {results["task"]: next(iter(scores.values()))}
@@ -112,7 +170,7 @@ def tabulate(rows: dict[str, dict[str, Any]]) -> str:
         ]
         for name, row in rows.items()
     ]
-    return format_markdown(["model", "parameters", *columns], lines)
+    return markdown_table(["model", "parameters", *columns], lines)
 
 
 def plot(rows: dict[str, dict[str, Any]]) -> Figure | None:
@@ -144,11 +202,7 @@ def plot(rows: dict[str, dict[str, Any]]) -> Figure | None:
 
 def main(argv: Sequence[str] | None = None) -> str:
     """Writes `comparison.md` and `comparison.png` into `output_dir`; returns the table."""
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", help="folders of runs, or folders of such folders")
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder that receives table and plot")
-    args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    (args,) = parse_arguments((ComparisonArguments,), argv, description=__doc__)
     rows = collect([results for folder in args.runs for results in read_results(folder)])
     table, figure = tabulate(rows), plot(rows)
 
@@ -157,8 +211,9 @@ def main(argv: Sequence[str] | None = None) -> str:
         if figure is not None:
             figure.savefig(draft / "comparison.png", dpi=150)
 
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    write_files(args.output_dir, write)
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_files(folder, write)
     if figure is None:
         logger.warning("no plot: there is no task that all models were scored on")
     logger.info("\n%s", table)
@@ -166,4 +221,4 @@ def main(argv: Sequence[str] | None = None) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -12,14 +12,14 @@ A shallower student whose experts start as corrections towards the teacher's lay
 `initialization.json` in the folder says which teacher layers each group started from, and what was kept of them.
 """
 
-import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
-import torch
-from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, ModernBertForMaskedLM, set_seed
+from transformers import ModernBertForMaskedLM, set_seed
 
+from modernalbert import ModernAlbertConfig
+from modernalbert.training.cli import Seed, check_names, parse_arguments, parse_json, run_script
 from modernalbert.training.export.folder import export_model, new_folder
 from modernalbert.training.initialization import (
     EXPERT_RULES,
@@ -28,7 +28,8 @@ from modernalbert.training.initialization import (
     initialize_from_teacher,
     student_config,
 )
-from modernalbert.training.runs import write_text
+from modernalbert.training.loading import load_config, load_model, load_tokenizer
+from modernalbert.training.runs import write_json
 
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class InitializationArguments:
-    """Which teacher, which student, and how the one becomes the other."""
+    """Teacher, student, and rules of the initialisation."""
 
     teacher: str = field(metadata={"help": "Hub name or folder of a ModernBERT, with its tokenizer."})
     output_dir: str = field(metadata={"help": "Folder to write; must not exist, or be empty."})
@@ -44,7 +45,7 @@ class InitializationArguments:
     config_overrides: str = field(default="{}", metadata={"help": "Fields of the configuration, as JSON."})
     layers: str = field(default="stepwise", metadata={"help": f"Source layers: {', '.join(LAYER_RULES)}."})
     experts: str = field(default="zero", metadata={"help": f"Start of the experts: {', '.join(EXPERT_RULES)}."})
-    seed: int = field(default=42, metadata={"help": "Seed of the weights that the teacher has nothing for."})
+    seed: Seed = field(default=42, metadata={"help": "Seed of the weights that the teacher has nothing for."})
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
@@ -54,28 +55,31 @@ def main(argv: Sequence[str] | None = None) -> dict:
         FileExistsError: `output_dir` is not empty.
         ValueError: The teacher is no ModernBERT, or the student does not fit it.
     """
-    (args,) = HfArgumentParser(InitializationArguments).parse_args_into_dataclasses(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    new_folder(args.output_dir)
-    # Whether the two fit shows before the weights are fetched.
-    teacher_config = AutoConfig.from_pretrained(args.teacher)
-    config = student_config(teacher_config, args.preset, args.layers, **json.loads(args.config_overrides))
+    (args,) = parse_arguments((InitializationArguments,), argv, description=__doc__)
+    new_folder(args.output_dir, args.teacher)
+    overrides = parse_json("config_overrides", args.config_overrides)
+    check_names(overrides, {field.name for field in fields(ModernAlbertConfig)}, "field in `config_overrides`,")
+    # Check that the two fit before weights are downloaded.
+    teacher_config = load_config(args.teacher)
+    config = student_config(teacher_config, args.preset, args.layers, **overrides)
     check_fit(teacher_config, config, args.layers, args.experts)
-    tokenizer = AutoTokenizer.from_pretrained(args.teacher)
-    teacher = ModernBertForMaskedLM.from_pretrained(args.teacher, dtype=torch.float32)
+    tokenizer = load_tokenizer(args.teacher)
+    teacher, new = load_model(ModernBertForMaskedLM, args.teacher)
+    if new:
+        raise ValueError(f"'{args.teacher}' has no {', '.join(new)}: its masked-LM head was never trained")
     set_seed(args.seed)
     student, report = initialize_from_teacher(teacher, config, args.layers, args.experts)
     report = {"teacher": args.teacher, "seed": args.seed, "parameters": student.num_parameters(), **report}
 
     folder = export_model(student, tokenizer, args.output_dir)
-    write_text(folder / "initialization.json", json.dumps(report, indent=1))
+    write_json(folder / "initialization.json", report)
     log_report(report)
     logger.info("%s: %.1fM parameters", folder, report["parameters"] / 1e6)
     return report
 
 
 def log_report(report: dict) -> None:
-    """Says, group by group, where the student comes from and what was lost."""
+    """Logs, group by group, the source layers and the errors."""
     embedding = report["embedding"]
     logger.info("embedding: %.1f%% of the energy kept", 100 * embedding["energy_kept"])
     logger.info("embedding: relative error %.3f after the norm", embedding["relative_error"])
@@ -90,4 +94,4 @@ def log_report(report: dict) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

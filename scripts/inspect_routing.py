@@ -12,17 +12,21 @@ head, or none.
 """
 
 import logging
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoModel
 
 import modernalbert  # noqa: F401  (registers the Auto classes)
-from modernalbert.training.export.cards import clean
+from modernalbert.training.cli import Count, parse_arguments, run_script
+from modernalbert.training.export.folder import check_finite, check_writable
+from modernalbert.training.export.redaction import redact
+from modernalbert.training.loading import load_config, load_model, load_tokenizer
 from modernalbert.training.reports.routing import (
     check_router,
     describe_routing,
@@ -35,6 +39,20 @@ from modernalbert.training.reports.routing import (
 logger = logging.getLogger(__name__)
 
 
+@dataclass
+class RoutingArguments:
+    """Model, text and output."""
+
+    model: str = field(
+        metadata={"help": "Hub name or folder of a ModernALBERT with a router; may come first, without a name."}
+    )
+    text: list[str] = field(metadata={"help": "Files or globs with the text."})
+    text_column: str = field(default="text", metadata={"help": "Column that holds the texts."})
+    max_tokens: Count = field(default=200_000, metadata={"help": "Tokens to route, of texts drawn at random."})
+    max_length: Count = field(default=128, metadata={"help": "Tokens of a packed row."})
+    output: str = field(default="routing_report.html", metadata={"help": "The page."})
+
+
 def with_progress(batches: Iterator[dict], max_tokens: int) -> Iterator[dict]:
     """The batches, with a bar that counts their tokens."""
     with tqdm(total=max_tokens, unit=" tokens", unit_scale=True) as bar:
@@ -43,53 +61,59 @@ def with_progress(batches: Iterator[dict], max_tokens: int) -> Iterator[dict]:
             bar.update(int(batch["attention_mask"].sum()))
 
 
+def check_output(output: Path) -> None:
+    """Checks, before any work, that page and figures can be written.
+
+    Raises:
+        FileExistsError: One of them exists.
+        PermissionError: Their folder cannot be written to.
+        ValueError: The page has another ending than `.html`.
+    """
+    if output.suffix != ".html":
+        raise ValueError(f"`output` is '{output}'; it must end in .html, since the figures go into a .json beside it")
+    for path in (output, output.with_suffix(".json")):
+        if path.exists():
+            raise FileExistsError(f"'{path}' exists; choose another `output` or remove it")
+    check_writable(output)
+
+
 def main(argv: Sequence[str] | None = None) -> dict:
     """Loads the encoder, routes the text and writes page and figures; returns the figures.
 
     Raises:
-        FileExistsError: `--output`, or the JSON beside it, exists.
-        FileNotFoundError: A text file is missing.
+        OSError: `output` exists or cannot be written, or a text file is missing.
         ValueError: The model has no router, the text is empty, or an argument is out of range.
     """
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="Hub name or folder of a ModernALBERT with a router, and its tokenizer.")
-    parser.add_argument("--text", nargs="+", required=True, help="Files or globs: parquet, jsonl, csv, txt, md.")
-    parser.add_argument("--text_column", default="text", help="Column that holds the texts.")
-    parser.add_argument("--max_tokens", type=int, default=200_000, help="Tokens to route, of texts drawn at random.")
-    parser.add_argument("--max_length", type=int, default=128, help="Tokens of a packed row.")
-    parser.add_argument("--output", type=Path, default=Path("routing_report.html"), help="The page.")
-    args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    if args.output.suffix != ".html":
-        raise ValueError(
-            f"`output` is '{args.output}'; it must end in .html, since the figures go into a .json beside it"
-        )
-    for path in (args.output, args.output.with_suffix(".json")):
-        if path.exists():
-            raise FileExistsError(f"'{path}' exists; choose another `output` or remove it")
-    config = AutoConfig.from_pretrained(args.model)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and not argv[0].startswith("-"):
+        argv.insert(0, "--model")
+    (args,) = parse_arguments((RoutingArguments,), argv, description=__doc__)
+    output = Path(args.output)
+    check_output(output)
+    config = load_config(args.model)
     check_router(args.model, config)
-    for name, most in (("max_tokens", None), ("max_length", config.max_position_embeddings)):
-        value = getattr(args, name)
-        if value < 1 or (most is not None and value > most):
-            raise ValueError(f"`{name}` ({value}) must be at least 1" + (f" and at most {most}" if most else ""))
-
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModel.from_pretrained(args.model, dtype="float32")
+    if args.max_length > config.max_position_embeddings:
+        raise ValueError(
+            f"`max_length` ({args.max_length}) must be at most the {config.max_position_embeddings} tokens that the model "
+            "takes"
+        )
+    tokenizer = load_tokenizer(args.model)
+    model, _ = load_model(AutoModel, args.model)
+    check_finite(model, args.model)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     batches = read_batches(args.text, tokenizer, args.max_length, args.max_tokens, args.text_column)
     report = {
-        "model": clean(args.model),
+        "model": redact(args.model),
         "ffn_modulation": config.ffn_modulation,
         "router_type": config.router_type,
-        "text": clean(args.text),
+        "text": redact(args.text),
         **describe_routing(model, with_progress(batches, args.max_tokens), partial(show_token, tokenizer)),
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    write_routing_report(args.output, report)
-    logger.info("%d tokens of %d texts; see %s", report["tokens"], report["texts"], args.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_routing_report(output, report)
+    logger.info("%d tokens of %d sequences; see %s", report["tokens"], report["sequences"], output)
     return report
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -18,38 +18,50 @@ to do that again, `hf upload NAME FOLDER`.
 import copy
 import json
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
 import torch
 from huggingface_hub.utils import validate_repo_id
-from transformers import AutoConfig, AutoTokenizer, DataCollatorWithPadding, PreTrainedModel
+from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
-import modernalbert
+from modernalbert.configuration_modernalbert import ModernAlbertConfig
 from modernalbert.merging_modernalbert import METHODS, check_mergeable
-from modernalbert.training.cli import parse_arguments
-from modernalbert.training.data import (
+from modernalbert.training.callbacks import read_routing_weights
+from modernalbert.training.cli import Count, Seed, Share, parse_arguments, run_script
+from modernalbert.training.data import check_labelled, find_files, first_rows, is_local, load_texts, read_rows
+from modernalbert.training.evaluation.labels import class_names, number_labels, read_labels, relabel
+from modernalbert.training.evaluation.metrics import score_model
+from modernalbert.training.export.adapter import write_adapter
+from modernalbert.training.export.cards import write_merged_card
+from modernalbert.training.export.folder import (
+    check_exportable,
+    draft_folder,
+    load_exportable,
+    new_folder,
+    push_folder,
+    write_model,
+)
+from modernalbert.training.export.redaction import redact
+from modernalbert.training.packing import (
     PackedCollator,
     TokenMasker,
-    load_labelled,
-    load_texts,
+    collate_batches,
+    encode_texts,
     mask_rows,
     pack_texts,
 )
-from modernalbert.training.export.cards import clean, write_merged_card
-from modernalbert.training.export.folder import draft_folder, new_folder, push_folder, write_model
 from modernalbert.training.reports.merging import (
     compare_methods,
     describe_experts,
-    evaluate,
-    read_routing_weights,
     states_by_depth,
     tabulate,
-    write_adapter,
     write_merge_report,
 )
+from modernalbert.training.reports.tables import text_table
 
 
 logger = logging.getLogger(__name__)
@@ -60,7 +72,7 @@ BATCH_SIZE = 16
 
 @dataclass
 class MergingArguments:
-    """What to merge, how, and on which texts to look at it."""
+    """Model, method, and texts for calibration and validation."""
 
     model_name_or_path: str = field(metadata={"help": "Hub name or folder of a ModernALBERT with experts."})
     output_dir: str = field(metadata={"help": "Folder to write; must not exist, or be empty."})
@@ -69,17 +81,17 @@ class MergingArguments:
         default="folded",
         metadata={"help": "folded: into the shared weights; adapter: beside them, for PEFT; routed: fewer experts."},
     )
-    rank: int | None = field(
+    rank: Count | None = field(
         default=None,
         metadata={
             "help": "Rank of the adapter; default: the experts', for frequency and regression, folded, no limit."
         },
     )
-    num_experts: int | None = field(default=None, metadata={"help": "Experts that method `cluster` leaves."})
+    num_experts: Count | None = field(default=None, metadata={"help": "Experts that method `cluster` leaves."})
     calibration_data: list[str] = field(
         default_factory=list, metadata={"help": "Texts to see routing on: files, globs or data sets of the Hub."}
     )
-    calibration_rows: int = field(default=128, metadata={"help": "Packed rows of calibration text to take."})
+    calibration_rows: Count = field(default=128, metadata={"help": "Packed rows of calibration text to take."})
     routing_weights: str | None = field(
         default=None, metadata={"help": "routing_weights.json of the training, for `ema`, `svd` and `cat`."}
     )
@@ -88,15 +100,20 @@ class MergingArguments:
         default_factory=list,
         metadata={"help": "Texts for the masked-LM loss; for a sequence classifier files of labelled rows."},
     )
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Rows to evaluate on; default: all."})
+    max_eval_samples: Count | None = field(default=None, metadata={"help": "Rows to evaluate on; default: all."})
     text_column: str = field(default="text", metadata={"help": "Column that holds the texts."})
     text_columns: list[str] = field(
         default_factory=lambda: ["text"], metadata={"help": "Of labelled rows: one or two columns with the texts."}
     )
-    label_column: str = field(default="label", metadata={"help": "Of labelled rows: integer classes, or floats."})
-    max_length: int = field(default=128, metadata={"help": "Tokens of a packed row; longer labelled texts are cut."})
-    mlm_probability: float = field(default=0.3, metadata={"help": "Share of tokens that is masked to evaluate."})
-    seed: int = field(default=42, metadata={"help": "Of masks and of the choice of calibration text."})
+    label_column: str = field(
+        default="label", metadata={"help": "Of labelled rows: names of the model's classes, or numbers."}
+    )
+    max_length: Count | None = field(
+        default=None,
+        metadata={"help": "Tokens of a packed row, and of a labelled one; default: 128, or all that the model takes."},
+    )
+    mlm_probability: Share = field(default=0.3, metadata={"help": "Share of tokens that is masked to evaluate."})
+    seed: Seed = field(default=42, metadata={"help": "Of masks and of the choice of calibration text."})
     push_to_hub: str | None = field(default=None, metadata={"help": "Repository to upload the folder to."})
     dry_run: bool = field(default=False, metadata={"help": "List what would be uploaded, and upload nothing."})
     license: str = field(default="apache-2.0", metadata={"help": "Licence of the weights, for the model card."})
@@ -106,7 +123,7 @@ class MergingArguments:
         for method in methods:
             if method not in METHODS:
                 raise ValueError(f"there is no merging method '{method}'; the methods are {', '.join(METHODS)}")
-            source = METHODS[method][1]
+            source = METHODS[method].source
             if source == "text" and not self.calibration_data:
                 raise ValueError(f"method '{method}' looks at how text is routed: give some as `calibration_data`")
             if source == "given" and self.routing_weights is None:
@@ -127,13 +144,47 @@ class MergingArguments:
                 if self.num_experts is None
                 else f"`num_experts` is for method 'cluster'; {', '.join(methods)} merge to one adapter"
             )
+        columns = [*self.text_columns, self.label_column]
+        if not 1 <= len(self.text_columns) <= 2 or len(set(columns)) < len(columns):
+            raise ValueError(f"`text_columns` and `label_column` {columns} must be one or two columns and another one")
         if self.push_to_hub is not None:
             validate_repo_id(self.push_to_hub)
         elif self.dry_run:
             raise ValueError("`dry_run` shows what `push_to_hub` would upload: give both")
 
 
-def load_calibration(args: MergingArguments, tokenizer) -> list[dict]:
+def check_model(args: MergingArguments, config: ModernAlbertConfig) -> None:
+    """Checks, before any text is read, that the arguments fit the model.
+
+    Raises:
+        ValueError: They do not, or the model cannot be merged.
+    """
+    check_mergeable(config, text=bool(args.calibration_data or args.validation_data))
+    if config.num_experts == 0 or not config.mol_groups or (config.num_experts == 1 and args.method == "cluster"):
+        raise ValueError(
+            f"there is nothing to merge in '{args.model_name_or_path}': `num_experts` is {config.num_experts} in "
+            f"{len(config.mol_groups)} MoL groups"
+        )
+    if args.num_experts is not None and not 2 <= args.num_experts < config.num_experts:
+        raise ValueError(f"`num_experts` ({args.num_experts}) must be from 2 to {config.num_experts - 1}")
+    full = min(config.hidden_size, config.mol_intermediate_size)
+    if args.rank is not None and args.rank > full:
+        raise ValueError(f"`rank` ({args.rank}) must be at most {full}, the rank of the model's projections")
+    if args.max_length is None:
+        args.max_length = min(128, config.max_position_embeddings)
+    if args.max_length > config.max_position_embeddings:
+        raise ValueError(
+            f"`max_length` ({args.max_length}) must be at most the {config.max_position_embeddings} tokens that the model "
+            "takes"
+        )
+    (head,) = config.architectures
+    if args.validation_data and not head.endswith(("ForMaskedLM", "ForSequenceClassification")):
+        raise ValueError(
+            f"`validation_data` is for masked language models and sequence classifiers, not for a {head}; leave it out"
+        )
+
+
+def load_calibration(args: MergingArguments, tokenizer: PreTrainedTokenizerBase) -> list[dict]:
     """Batches of packed rows from all sources alike. They are streamed: a few rows need no whole data set.
 
     Raises:
@@ -145,63 +196,81 @@ def load_calibration(args: MergingArguments, tokenizer) -> list[dict]:
     rows = list(islice(packed, args.calibration_rows))
     if not rows:
         raise ValueError(f"column '{args.text_column}' of `calibration_data` holds no text")
-    return batched(rows, PackedCollator(tokenizer))
+    return collate_batches(rows, PackedCollator(tokenizer), BATCH_SIZE)
 
 
-def load_validation(args: MergingArguments, model: PreTrainedModel, tokenizer) -> tuple[list[dict], tuple[str, ...]]:
+def load_validation(
+    args: MergingArguments, config: ModernAlbertConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[dict], tuple[str, ...]]:
     """Batches with labels, and the names of the metrics; none for the masked-LM loss.
 
     Raises:
-        ValueError: The model has another head, or a class that the model does not know is in the data.
+        ValueError: A row has no text or label, or a class that the model does not know.
     """
-    head = type(model).__name__
-    if head == "ModernAlbertForMaskedLM":
+    if config.architectures[0].endswith("ForMaskedLM"):
         texts = load_texts(args.validation_data, "validation", args.text_column)
         rows = pack_texts(texts, tokenizer, args.max_length, args.text_column)
-        rows = rows.select(range(min(len(rows), args.max_eval_samples or len(rows))))
-        masker = TokenMasker(tokenizer, args.mlm_probability, args.seed)
-        return batched(mask_rows(rows, masker), PackedCollator(tokenizer)), ()
-    if head != "ModernAlbertForSequenceClassification":
-        raise ValueError(
-            f"`validation_data` is for masked language models and sequence classifiers, not for a {head}; leave it out"
-        )
-    rows = load_labelled(args.validation_data, args.text_columns, args.label_column)
-    rows = rows.select(range(min(len(rows), args.max_eval_samples or len(rows))))
-    regression = isinstance(rows[0]["label"], float)
-    if not regression and max(rows["label"]) >= model.num_labels:
-        raise ValueError(f"`validation_data` has the class {max(rows['label'])}, the model has {model.num_labels}")
+        rows = first_rows(rows, args.max_eval_samples)
+        rows = mask_rows(rows, TokenMasker(tokenizer, args.mlm_probability, args.seed))
+        if not any(label != -100 for row in rows["labels"] for label in row):
+            raise ValueError("no token of `validation_data` is masked; give more text, or a larger `mlm_probability`")
+        return collate_batches(rows, PackedCollator(tokenizer), BATCH_SIZE), ()
+    rows = read_rows(args.validation_data)
+    rows = check_labelled(rows, ", ".join(args.validation_data), args.text_columns, args.label_column)
+    regression = config.num_labels == 1
+    names = None if regression else class_names(config)
+    labels = number_labels(read_labels(rows), ", ".join(args.validation_data), names, "trained model")
+    if regression and len(set(labels)) < 2:
+        raise ValueError(f"all labels of `validation_data` are {labels[0]}: nothing correlates with them")
+    rows = relabel(rows, labels)
+    rows = first_rows(rows, args.max_eval_samples)
 
     def encode(part):
-        texts = (part[column] for column in args.text_columns)
-        return {**tokenizer(*texts, truncation=True, max_length=args.max_length), "labels": part["label"]}
+        texts = [part[column] for column in args.text_columns]
+        encoded = encode_texts(tokenizer, *texts, truncation=True, max_length=args.max_length)
+        return {**encoded, "labels": part["label"]}
 
     encoded = rows.map(encode, batched=True, remove_columns=rows.column_names, desc="Tokenising")
     metrics = ("pearson", "spearman") if regression else ("accuracy",)
-    return batched(encoded, DataCollatorWithPadding(tokenizer)), metrics
+    return collate_batches(encoded, DataCollatorWithPadding(tokenizer), BATCH_SIZE), metrics
 
 
-def batched(rows, collate) -> list[dict]:
-    """Rows as batches of a collator."""
-    rows = list(rows)
-    return [dict(collate(rows[start : start + BATCH_SIZE])) for start in range(0, len(rows), BATCH_SIZE)]
+def resolve(sources: Sequence[str]) -> list[str]:
+    """Absolute paths of local sources, and the names of Hub sources."""
+    local = [str(Path(path).resolve()) for source in sources if is_local(source) for path in find_files([source])]
+    return local + [source for source in sources if not is_local(source)]
 
 
-def measure(args: MergingArguments, model: PreTrainedModel, merge, calibration, validation, metrics) -> dict:
-    """What the report says beside the facts of the command; what could not be measured, under `not_measured`."""
+def measure(
+    args: MergingArguments,
+    model: PreTrainedModel,
+    merge: Callable[[str], PreTrainedModel],
+    calibration: list[dict] | None,
+    validation: list[dict] | None,
+    metrics: Sequence[str],
+) -> dict:
+    """Measurements for the report; `not_measured` lists what is missing and why."""
     report = {"methods": {}, "not_measured": []}
+    if calibration is None and validation is None:
+        report["not_measured"].append(
+            "what merging costs: the command had neither `calibration_data` nor `validation_data` to measure it on"
+        )
+        return report
     if calibration is None:
-        report["not_measured"].append("usage and similarity of the experts; give `calibration_data`")
+        report["not_measured"].append("usage and similarity of the experts: the command had no `calibration_data`")
     else:
         report["experts"] = describe_experts(model, states_by_depth(model, calibration))
     if validation is None:
-        report["not_measured"].append("the loss or the metric of the task; give `validation_data`")
+        report["not_measured"].append("the loss or the metric of the task: the command had no `validation_data`")
+    if shared := sorted(set(resolve(args.calibration_data)) & set(resolve(args.validation_data))):
+        report["not_measured"].append(
+            f"the methods on text that none was fitted to: {', '.join(redact(shared))} is both `calibration_data` and "
+            "`validation_data`"
+        )
     # Text that no method was fitted to, where there is some.
-    batches = calibration if validation is None else validation[: -(-args.calibration_rows // BATCH_SIZE)]
-    if batches is None:
-        report["not_measured"].append("errors of merged layers; give `calibration_data` or `validation_data`")
-        return report
+    batches = calibration if validation is None else validation[: math.ceil(args.calibration_rows / BATCH_SIZE)]
     report["error_text"] = "calibration" if validation is None else "validation"
-    score = None if validation is None else lambda scored: evaluate(scored, validation, metrics)
+    score = None if validation is None else lambda scored: score_model(scored, validation, metrics)
     states = states_by_depth(model, batches)
     return report | compare_methods(model, [args.method, *args.compare], merge, states, score)
 
@@ -210,23 +279,35 @@ def main(argv: Sequence[str] | None = None) -> dict:
     """Loads, merges, measures, writes, checks and uploads; returns the report.
 
     Raises:
-        FileExistsError: `output_dir` is not empty.
+        FileExistsError: `output_dir` is not empty, or another process is writing it.
         ValueError: The model is no ModernALBERT or has no experts, arguments do not go together, or a file to upload is
             not for the public.
     """
     (args,) = parse_arguments((MergingArguments,), argv, description=__doc__)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    folder = new_folder(args.output_dir)
-    config = AutoConfig.from_pretrained(args.model_name_or_path)
-    if config.model_type != "modernalbert":
-        raise ValueError(f"'{args.model_name_or_path}' is a {config.model_type}; only ModernALBERT has experts")
-    check_mergeable(config, text=bool(args.calibration_data or args.validation_data))
+    folder = new_folder(args.output_dir, args.model_name_or_path)
+    config = check_exportable(args.model_name_or_path)
+    check_model(args, config)
     weights = read_routing_weights(args.routing_weights, config) if args.routing_weights else None
-    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
-    model = getattr(modernalbert, config.architectures[0]).from_pretrained(args.model_name_or_path)
+    with draft_folder(folder) as draft:
+        report = write_merged(args, config, weights, draft)
+    if report["methods"]:
+        logger.info("\n%s", text_table(tabulate(report)))
+    for reason in report["not_measured"]:
+        logger.info("not measured: %s", reason)
+    logger.info("%s", json.dumps({"folder": str(folder), "method": args.method, **report["parameters"]}))
+    if args.push_to_hub is not None:
+        push_folder(folder, args.push_to_hub, args.dry_run)
+    return report
+
+
+def write_merged(
+    args: MergingArguments, config: ModernAlbertConfig, weights: list[list[float]] | None, folder: Path
+) -> dict:
+    """Fills a folder with the merged model, its report and its card; returns the report."""
+    model, tokenizer = load_exportable(args.model_name_or_path, dtype="auto")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     calibration = load_calibration(args, tokenizer) if args.calibration_data else None
-    validation, metrics = load_validation(args, model, tokenizer) if args.validation_data else (None, ())
+    validation, metrics = load_validation(args, config, tokenizer) if args.validation_data else (None, ())
 
     def merge(method: str) -> PreTrainedModel:
         merged = copy.deepcopy(model)
@@ -240,14 +321,14 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
     chosen = merge(args.method)
     report = {
-        "model": clean(args.model_name_or_path),
+        "model": redact(args.model_name_or_path),
         "method": args.method,
         "format": args.format,
         "rank": args.rank,
         "num_experts": args.num_experts,
         "parameters": {"routed": model.num_parameters(), "merged": chosen.num_parameters()},
         "data": {
-            name: clean(sources)
+            name: redact(sources)
             for name, sources in (("calibration", args.calibration_data), ("validation", args.validation_data))
             if sources
         },
@@ -256,23 +337,15 @@ def main(argv: Sequence[str] | None = None) -> dict:
         args, model, lambda name: chosen if name == args.method else merge(name), calibration, validation, metrics
     )
     chosen.cpu()
-    with draft_folder(folder) as draft:
-        if args.format == "adapter":
-            write_adapter(chosen, tokenizer, draft)
-        else:
-            write_model(chosen, tokenizer, draft)
-        write_merge_report(draft, report)
-        name = args.push_to_hub or folder.name
-        write_merged_card(draft, name, type(model).__name__, args.model_name_or_path, report, args.license)
-    if report["methods"]:
-        logger.info("\n%s", "\n".join("".join(f"{cell:>18}" for cell in row) for row in tabulate(report)))
-    for reason in report["not_measured"]:
-        logger.info("not measured: %s", reason)
-    logger.info("%s", json.dumps({"folder": str(folder), "method": args.method, **report["parameters"]}))
-    if args.push_to_hub is not None:
-        push_folder(folder, args.push_to_hub, [Path(args.model_name_or_path)], args.dry_run)
+    if args.format == "adapter":
+        write_adapter(chosen, tokenizer, folder)
+    else:
+        write_model(chosen, tokenizer, folder)
+    write_merge_report(folder, report)
+    name = args.push_to_hub or Path(args.output_dir).resolve().name
+    write_merged_card(folder, name, type(model).__name__, args.model_name_or_path, report, args.license)
     return report
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

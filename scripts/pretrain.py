@@ -9,50 +9,65 @@
     python scripts/pretrain.py --preset nano --tokenizer tokenizer-tiny --train_data "*.md" --validation_data README.md \
         --max_length 128 --output_dir runs/nano --per_device_train_batch_size 16 --learning_rate 1e-3 --max_steps 50
 
-The same command goes on where a run was stopped: at the last checkpoint, which Ctrl-C writes as well. A ModernBERT is
-pretrained in the same way, from its `config.json` (`--config_name`): a teacher, or a baseline.
+The same command resumes a stopped run from its last checkpoint; Ctrl-C writes one. A ModernBERT is pretrained in the
+same way, from its `config.json` (`--config_name`): as a teacher or a baseline.
 """
 
-import json
 import logging
 import math
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 from datasets import Dataset
 from transformers import (
-    AutoConfig,
     AutoModelForMaskedLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    ProgressCallback,
     SchedulerType,
-    TrainerState,
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer import TRAINER_STATE_NAME
 
 from modernalbert import ModernAlbertConfig, ModernAlbertForMaskedLM
 from modernalbert.tokenization import load_tokenizer, padded_vocab_size, save_tokenizer
-from modernalbert.training.callbacks import ConciseProgress, ReportWriter, RoutingFrequencies, StopOnSignal
-from modernalbert.training.cli import parse_arguments
-from modernalbert.training.data import PackedCollator, TokenMasker, load_texts, mask_rows, name_sources, pack_texts
-from modernalbert.training.distillation import Distiller
-from modernalbert.training.export.cards import PretrainingFacts, clean, environment, write_card
+from modernalbert.training.alignment import AlignedCollator, pack_sequences, same_tokenizer
+from modernalbert.training.callbacks import ReportWriter
+from modernalbert.training.cli import (
+    Bounds,
+    Count,
+    NotNegative,
+    Positive,
+    Share,
+    Workers,
+    check_names,
+    parse_arguments,
+    parse_json,
+    run_script,
+)
+from modernalbert.training.data import find_files, first_rows, is_local, load_texts, name_sources
+from modernalbert.training.distillation import Distiller, EncoderDistiller, Teacher, start_from_table
+from modernalbert.training.export.cards import PretrainingFacts, environment, write_card
+from modernalbert.training.export.embedder import write_embedder
+from modernalbert.training.export.redaction import redact
+from modernalbert.training.loading import check_folder, check_size, load_config, load_model
+from modernalbert.training.loading import load_tokenizer as load_any_tokenizer
+from modernalbert.training.packing import PackedCollator, TokenMasker, mask_rows, pack_texts
 from modernalbert.training.pretraining import PretrainingTrainer
 from modernalbert.training.runs import (
     RESULTS_NAME,
+    bytes_of_run,
     check_output_dir,
-    is_complete,
-    last_checkpoint,
-    same_run,
+    describe_model,
+    hash_file,
+    run_settings,
+    start_run,
     write_files,
-    write_text,
+    write_json,
 )
+from modernalbert.training.trainer import train_to_the_end
 
 
 logger = logging.getLogger(__name__)
@@ -64,15 +79,27 @@ DEFAULTS = {
     "warmup_steps": 0.1,
     "logging_steps": 50,
     "save_total_limit": 2,
+    "eval_on_start": True,
+}
+# Arguments of Trainer that the script relies on.
+FIXED = {
+    "prediction_loss_only": (True, "the logits of all masked tokens do not fit in memory"),
+    "remove_unused_columns": (False, "rows are packed already"),
+    "include_num_input_tokens_seen": ("no", "the log holds the real tokens, padding excluded, already"),
+    "average_tokens_across_devices": (True, "each loss is a mean over the tokens of all processes"),
+    "auto_find_batch_size": (False, "masks depend on the index of a row in its batch"),
+    "label_names": (None, "masks are made here"),
+    "label_smoothing_factor": (0.0, "the masked-LM loss is computed at masked positions only"),
 }
 
-
-# Of transformers' arguments, those that a model card repeats.
+# Arguments of Trainer that the model card lists.
 RECIPE = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "weight_decay", "adam_beta1"),
     *("adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "warmup_steps", "max_steps", "num_train_epochs"),
     *("bf16", "seed"),
 )
+
+RowLength = Annotated[int, Bounds(least=3, most=10**9)]  # [CLS], a token, [SEP]
 
 
 @dataclass
@@ -96,26 +123,37 @@ class PretrainingArguments:
     validation_data: list[str] = field(
         default_factory=list, metadata={"help": "Texts to evaluate on, each with a loss of its own."}
     )
-    max_eval_samples: int | None = field(
+    max_eval_samples: Count | None = field(
         default=None, metadata={"help": "Packed rows of each validation source to evaluate on; default: all."}
     )
     train_split: str = field(default="train", metadata={"help": "Split of Hub data sets to train on."})
     validation_split: str = field(default="validation", metadata={"help": "Split of Hub data sets to evaluate on."})
-    mixing_weights: list[float] = field(
+    mixing_weights: list[Positive] = field(
         default_factory=list, metadata={"help": "Share of each item of `train_data`; default: all texts once."}
     )
     streaming: bool = field(default=False, metadata={"help": "Tokenise `train_data` while training, not before."})
     text_column: str = field(default="text", metadata={"help": "Column that holds the texts."})
-    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
-    max_length: int = field(default=512, metadata={"help": "Tokens of a packed row."})
-    mlm_probability: float = field(default=0.3, metadata={"help": "Share of tokens that is masked (ModernBERT's)."})
-    teacher: str | None = field(default=None, metadata={"help": "ModernBERT to distil from: Hub name or folder."})
-    temperature: float = field(default=1.0, metadata={"help": "Temperature of the distilled logits."})
+    preprocessing_num_workers: Workers | None = field(default=None, metadata={"help": "Processes that tokenise."})
+    max_length: RowLength = field(default=512, metadata={"help": "Tokens of a packed row."})
+    mlm_probability: Share = field(default=0.3, metadata={"help": "Share of tokens that is masked (ModernBERT's)."})
+    teacher: str | None = field(
+        default=None,
+        metadata={"help": "Model to distil from, Hub name or folder: any encoder, or a SentenceTransformer."},
+    )
+    temperature: Positive = field(default=1.0, metadata={"help": "Temperature of the distilled logits."})
     hidden_loss: str = field(default="cosine", metadata={"help": "Distance of hidden states: cosine or mse."})
-    mlm_weight: float = field(default=1.0, metadata={"help": "Weight of the masked-LM loss."})
-    kl_weight: float = field(default=1.0, metadata={"help": "Weight of the distilled logits."})
-    hidden_weight: float = field(default=1.0, metadata={"help": "Weight of the distilled hidden states."})
-    decay_steps: float = field(
+    mlm_weight: NotNegative = field(default=1.0, metadata={"help": "Weight of the masked-LM loss."})
+    kl_weight: NotNegative = field(default=1.0, metadata={"help": "Weight of the distilled logits."})
+    hidden_weight: NotNegative = field(default=1.0, metadata={"help": "Weight of the distilled hidden states."})
+    pooled_weight: NotNegative = field(
+        default=1.0,
+        metadata={"help": "Weight of the pooled sequences, with a teacher of another kind than ModernBERT."},
+    )
+    masked_share: Annotated[float, Bounds(least=0, most=1)] = field(
+        default=1.0,
+        metadata={"help": "Share of the sequences that are masked; the others teach by the teacher alone."},
+    )
+    decay_steps: NotNegative = field(
         default=0.1, metadata={"help": "Last steps, in which the learning rate falls; below 1: a share of the run."}
     )
     license: str = field(default="apache-2.0", metadata={"help": "Licence of the weights, for the model card."})
@@ -124,10 +162,12 @@ class PretrainingArguments:
         starts = (self.preset, self.config_name, self.model_name_or_path)
         if sum(start is not None for start in starts) != 1:
             raise ValueError("give exactly one of `preset`, `config_name` and `model_name_or_path`")
-        if not 0 < self.mlm_probability < 1:
-            raise ValueError(f"`mlm_probability` ({self.mlm_probability}) must be between 0 and 1")
-        if self.temperature <= 0:
-            raise ValueError(f"`temperature` ({self.temperature}) must be positive")
+        if not self.train_data:
+            raise ValueError("`train_data` is empty; give texts to train on")
+        if self.masked_share < 1 and self.teacher is None:
+            raise ValueError("without a `teacher` nothing is learned from clean sequences: `masked_share` must be 1")
+        if self.hidden_loss not in ("cosine", "mse"):
+            raise ValueError(f"`hidden_loss` must be 'cosine' or 'mse', got '{self.hidden_loss}'")
 
 
 def build_model(args: PretrainingArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -137,24 +177,23 @@ def build_model(args: PretrainingArguments, tokenizer: PreTrainedTokenizerBase) 
         ValueError: The preset is unknown, the vocabulary is smaller than the tokenizer's, or rows are longer than the
             model takes.
     """
-    shared = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
-    overrides = json.loads(args.config_overrides)
-    if args.model_name_or_path is not None:
-        config = AutoConfig.from_pretrained(args.model_name_or_path, **overrides)
+    if args.preset is None:
+        known = load_config(args.model_name_or_path or args.config_name)
+        known = {*known.to_dict(), *known.attribute_map}
     else:
-        overrides = {
-            "vocab_size": padded_vocab_size(tokenizer),
-            "pad_token_id": tokenizer.pad_token_id,
-            "bos_token_id": tokenizer.cls_token_id,
-            "cls_token_id": tokenizer.cls_token_id,
-            "eos_token_id": tokenizer.sep_token_id,
-            "sep_token_id": tokenizer.sep_token_id,
-            **overrides,
-        }
-        if args.preset is not None:
-            config = ModernAlbertConfig.preset(args.preset, **overrides)
-        else:
-            config = AutoConfig.from_pretrained(args.config_name, **overrides)
+        known = {field.name for field in fields(ModernAlbertConfig)}
+    shared = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
+    overrides = parse_json("config_overrides", args.config_overrides)
+    check_names(overrides, known, "field in `config_overrides`,")
+    if args.model_name_or_path is None:
+        tokens = {"pad": tokenizer.pad_token_id, "cls": tokenizer.cls_token_id, "sep": tokenizer.sep_token_id}
+        tokens |= {"bos": tokens["cls"], "eos": tokens["sep"]}
+        ids = {f"{name}_token_id": token for name, token in tokens.items()}
+        overrides = {"vocab_size": padded_vocab_size(tokenizer), **ids, **overrides}
+    if args.preset is not None:
+        config = ModernAlbertConfig.preset(args.preset, **overrides)
+    else:
+        config = load_config(args.model_name_or_path or args.config_name, **overrides)
     if args.max_length > config.max_position_embeddings:
         raise ValueError(
             f"`max_length` ({args.max_length}) exceeds the model's `max_position_embeddings` "
@@ -165,8 +204,11 @@ def build_model(args: PretrainingArguments, tokenizer: PreTrainedTokenizerBase) 
             f"the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}; is it the model's own?"
         )
     if args.model_name_or_path is not None:
-        model = AutoModelForMaskedLM.from_pretrained(args.model_name_or_path, config=config, dtype="float32", **shared)
+        model, new = load_model(AutoModelForMaskedLM, args.model_name_or_path, config, **shared)
+        if new:
+            logger.warning("'%s' does not hold %s, which start at random", args.model_name_or_path, ", ".join(new))
     else:
+        check_size(config)
         model = AutoModelForMaskedLM.from_config(config, **shared)
     # The head needs to run at masked positions only, here and in no later use of the model.
     set_sparse_prediction(model, True)
@@ -180,25 +222,66 @@ def set_sparse_prediction(model: PreTrainedModel, sparse: bool) -> None:
         model.sparse_prediction = sparse
 
 
-def load_teacher(args: PretrainingArguments, tokenizer: PreTrainedTokenizerBase, half: bool) -> PreTrainedModel:
-    """The teacher: in bfloat16 where training is, else in the precision of its checkpoint.
+def load_teacher(
+    args: PretrainingArguments, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, half: bool
+) -> tuple[Distiller | EncoderDistiller, PreTrainedTokenizerBase | None]:
+    """The teacher's part of the loss, and its tokenizer where it is an encoder with another one than the student's.
+
+    A ModernBERT or ModernALBERT with a trained masked-LM head and the student's tokenizer gives logits and the states
+    of its layers; any other encoder its last hidden states and pooled sequences. Teachers are in bfloat16 where
+    training is, else in the precision of their checkpoint.
 
     Raises:
-        ValueError: It was trained with another tokenizer.
+        ValueError: The teacher has no tokenizer with offsets.
     """
-    if AutoTokenizer.from_pretrained(args.teacher).get_vocab() != tokenizer.get_vocab():
-        raise ValueError(f"'{args.teacher}' has another tokenizer than '{args.tokenizer}'; use the teacher's")
-    return AutoModelForMaskedLM.from_pretrained(args.teacher, dtype="bfloat16" if half else "auto")
+    dtype = "bfloat16" if half else "auto"
+    teacher_tokenizer = load_any_tokenizer(args.teacher)
+    if not teacher_tokenizer.is_fast:
+        raise ValueError(
+            f"the teacher '{args.teacher}' has a slow tokenizer, {type(teacher_tokenizer).__name__}: it does not say "
+            "which characters a token stands for, so that its tokens cannot be compared with the student's"
+        )
+    same = same_tokenizer(tokenizer, teacher_tokenizer)
+    is_sentence_transformer = (Path(args.teacher) / "modules.json").is_file()
+    if same and not is_sentence_transformer and load_config(args.teacher).model_type in ("modernbert", "modernalbert"):
+        teacher, new = load_model(AutoModelForMaskedLM, args.teacher, dtype=dtype)
+        if not new:
+            distiller = Distiller(teacher, model, args.temperature, args.hidden_loss)
+            logger.info("hidden states after layers %s (student, teacher) are matched", distiller.layer_map)
+            return distiller, None
+    teacher = Teacher(args.teacher, dtype)
+    if args.hidden_loss != "cosine" or args.temperature != 1:
+        raise ValueError(
+            f"the teacher '{args.teacher}' gives last hidden states alone, compared by their cosine: leave "
+            "`hidden_loss` and `temperature` out"
+        )
+    logger.info("last hidden states are matched %s by %s", *(("token", "token") if same else ("word", "word")))
+    if same and args.model_name_or_path is None:
+        kept = start_from_table(teacher.encoder.get_input_embeddings().weight, model)
+        logger.info("the embedding starts from the teacher's: %.1f%% of its energy", 100 * kept)
+    return EncoderDistiller(teacher, model), None if same else teacher_tokenizer
 
 
-def load_rows(args: PretrainingArguments, training_args: TrainingArguments, tokenizer) -> tuple:
+def load_rows(
+    args: PretrainingArguments,
+    training_args: TrainingArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    distiller: Distiller | EncoderDistiller | None,
+    teacher_tokenizer: PreTrainedTokenizerBase | None,
+) -> tuple:
     """Packed rows to train on, and masked rows to evaluate on, by the name of their source.
 
     Raises:
         ValueError: There are fewer rows than a step takes; and what `load_texts` and `pack_texts` raise.
     """
     packing = {"max_length": args.max_length, "text_column": args.text_column}
-    with training_args.main_process_first():  # the others find what it tokenised in the cache
+    pack = pack_texts
+    if isinstance(distiller, EncoderDistiller):
+        longest = distiller.teacher.max_length
+        if teacher_tokenizer is None and args.max_length > longest:
+            raise ValueError(f"`max_length` ({args.max_length}) exceeds the {longest} tokens that the teacher takes")
+        pack = partial(pack_sequences, teacher_tokenizer=teacher_tokenizer, teacher_length=longest)
+    with training_args.main_process_first():  # the other processes read its tokenised rows from the cache
         texts = load_texts(
             args.train_data,
             args.train_split,
@@ -207,15 +290,16 @@ def load_rows(args: PretrainingArguments, training_args: TrainingArguments, toke
             args.mixing_weights,
             training_args.seed,
         )
-        rows = pack_texts(texts, tokenizer, **packing, num_proc=args.preprocessing_num_workers)
-        masker = TokenMasker(tokenizer, args.mlm_probability, training_args.seed)
+        rows = pack(texts, tokenizer, **packing, num_proc=args.preprocessing_num_workers)
+        masker = TokenMasker(tokenizer, args.mlm_probability, training_args.seed, args.masked_share)
+        # An evaluation masks all sequences, or none where training masks none.
+        share = float(args.masked_share > 0)
+        evaluation_masker = TokenMasker(tokenizer, args.mlm_probability, training_args.seed, share)
         validation = {}
         for source, name in name_sources(args.validation_data).items():
             texts = load_texts([source], args.validation_split, args.text_column)
-            packed = pack_texts(texts, tokenizer, **packing)
-            if args.max_eval_samples is not None:
-                packed = packed.select(range(min(args.max_eval_samples, len(packed))))
-            validation[name] = mask_rows(packed, masker)
+            packed = first_rows(pack(texts, tokenizer, **packing), args.max_eval_samples)
+            validation[name] = mask_rows(packed, evaluation_masker)
     if isinstance(rows, Dataset):
         batch = training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size
         if len(rows) < batch:
@@ -223,52 +307,47 @@ def load_rows(args: PretrainingArguments, training_args: TrainingArguments, toke
                 f"the texts fill {len(rows)} rows of {args.max_length} tokens, fewer than the {batch} of a step; give "
                 "more texts, or lower `max_length` or the batch size"
             )
-    elif training_args.max_steps <= 0:
-        raise ValueError("a stream has no length: give `max_steps`")
     return rows, validation, masker
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
     """Trains, and writes model, tokenizer, card, report and `results.json` into `output_dir`; returns the results.
 
-    A run that was stopped goes on from its last complete checkpoint when the same command is given again.
+    A stopped run resumes from its last complete checkpoint when the same command is given again.
 
     Raises:
         SystemExit: Ctrl-C or SIGTERM stopped the run, after its checkpoint was written.
     """
-    args, training_args = parse_arguments((PretrainingArguments, TrainingArguments), argv, DEFAULTS, __doc__)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    if training_args.n_gpu > 1:
-        raise ValueError(
-            f"{training_args.n_gpu} GPUs are visible to one process; start one process for each, with `torchrun "
-            f"--nproc_per_node {training_args.n_gpu} scripts/pretrain.py ...`"
-        )
-    check_output_dir(training_args.output_dir)
-    same_run(training_args.output_dir, {**asdict(args), "seed": training_args.seed})
+    args, training_args = parse_arguments((PretrainingArguments, TrainingArguments), argv, DEFAULTS, __doc__, FIXED)
+    check_evaluation(args, training_args)
+    folder = Path(training_args.output_dir)
+    models = [name for name in (args.model_name_or_path, args.config_name, args.teacher, args.tokenizer) if name]
+    for name in models:
+        check_folder(name)
+    if (results := start_run(folder, describe_settings(args, training_args), models)) is not None:
+        logger.info("'%s' holds a finished run", folder)
+        return results
     set_seed(training_args.seed)
 
     tokenizer = load_tokenizer(args.tokenizer)
     model = build_model(args, tokenizer)
-    # A checkpoint is the weights and AdamW's two moments; one more is written before an old one is removed.
-    checkpoints = 0 if training_args.save_strategy == "no" else (training_args.save_total_limit or 1) + 1
-    check_output_dir(training_args.output_dir, (3 * checkpoints + 1) * 4 * model.num_parameters())
-    distiller = None
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    distiller = teacher_tokenizer = None
     if args.teacher is not None:
-        teacher = load_teacher(args, tokenizer, training_args.bf16)
-        distiller = Distiller(teacher, model, args.temperature, args.hidden_loss)
-        logger.info("hidden states after layers %s (student, teacher) are matched", distiller.layer_map)
-    rows, validation, masker = load_rows(args, training_args, tokenizer)
+        distiller, teacher_tokenizer = load_teacher(args, tokenizer, model, training_args.bf16)
+    check_output_dir(folder, bytes_of_run(training_args, model.num_parameters()))
+    rows, validation, masker = load_rows(args, training_args, tokenizer, distiller, teacher_tokenizer)
     count = f"{len(rows)} packed rows" if isinstance(rows, Dataset) else "a stream of packed rows"
     logger.info("%s: %.1fM parameters, %s", model.config.model_type, model.num_parameters() / 1e6, count)
 
-    checkpoint = last_checkpoint(training_args.output_dir)
-    training_args.eval_on_start = bool(validation) and checkpoint is None
-    training_args.prediction_loss_only = True
-    training_args.remove_unused_columns = False
+    collator = PackedCollator(tokenizer, args.max_length)
+    if teacher_tokenizer is not None:
+        collator = AlignedCollator(tokenizer, args.max_length, teacher_tokenizer.pad_token_id)
+    training_args.eval_on_start = training_args.eval_on_start and bool(validation)
     trainer = PretrainingTrainer(
         model=model,
         args=training_args,
-        data_collator=PackedCollator(tokenizer, args.max_length),
+        data_collator=collator,
         train_dataset=rows,
         eval_dataset=validation if len(validation) > 1 else next(iter(validation.values()), None),
         processing_class=tokenizer,
@@ -277,50 +356,75 @@ def main(argv: Sequence[str] | None = None) -> dict:
         mlm_weight=args.mlm_weight,
         kl_weight=args.kl_weight,
         hidden_weight=args.hidden_weight,
+        pooled_weight=args.pooled_weight,
         decay_steps=args.decay_steps,
     )
-    stop = StopOnSignal(trainer.accelerator)
-    title = f"Pretraining of {Path(training_args.output_dir).name}"
-    trainer.add_callback(stop)
-    trainer.add_callback(ReportWriter(title, describe(args, training_args, model)))
-    if getattr(model.config, "has_router", False):
-        trainer.add_callback(RoutingFrequencies())
-    if not training_args.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(ConciseProgress())
+    trainer.add_callback(
+        ReportWriter(f"Training report of {folder.resolve().name}", describe(args, training_args, model))
+    )
+    train_to_the_end(trainer)
 
-    try:
-        # Of a finished run Trainer would take one step more.
-        if checkpoint is not None and is_complete(checkpoint, training_args.max_steps):
-            trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-            trainer._load_from_checkpoint(str(checkpoint))
-        else:
-            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    except BaseException:
-        if training_args.should_save and (checkpoint := last_checkpoint(training_args.output_dir)) is not None:
-            logger.error("training broke off; the same command goes on from '%s'", checkpoint.name)
-        raise
-    if stop.stopped:
-        logger.warning("stopped at step %d; the same command goes on from there", trainer.state.global_step)
-        sys.exit(130)
+    if isinstance(distiller, EncoderDistiller):
+        del model.teacher_projections  # part of the embedder, and of no head
+
+    def write(draft: Path) -> None:
+        trainer.save_model(str(draft))
+        (draft / "training_args.bin").unlink(missing_ok=True)  # a pickle, with local paths
+        save_tokenizer(tokenizer, draft)
+
+    if trainer.is_fsdp_enabled or training_args.should_save:
+        write_files(folder, write)
+        if isinstance(distiller, EncoderDistiller):
+            write_embedder(folder, distiller.pooled_projection, args.max_length)
+    set_sparse_prediction(model, False)
+    # The model is saved: a failure from here on loses no training.
     if validation and not just_evaluated(trainer):
         trainer.evaluate()
     results = summarise(trainer, model)
-
-    def write(folder: Path) -> None:
-        set_sparse_prediction(model, False)
-        trainer.save_model(str(folder))
-        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, with the paths of this machine
-        save_tokenizer(tokenizer, folder)
-        if isinstance(model, ModernAlbertForMaskedLM):
-            write_card(folder, card_facts(args, training_args, model, results))
-
-    folder = Path(training_args.output_dir)
-    if trainer.is_fsdp_enabled or training_args.should_save:
-        write_files(folder, write)
     if training_args.should_save:
-        write_text(folder / RESULTS_NAME, json.dumps(results, indent=1))
+        if isinstance(model, ModernAlbertForMaskedLM):
+            write_files(folder, lambda draft: write_card(draft, card_facts(args, training_args, model, results)))
+        write_json(folder / RESULTS_NAME, results)
     return results
+
+
+def check_evaluation(args: PretrainingArguments, training_args: TrainingArguments) -> None:
+    """Checks, before any work, that the arguments of evaluation fit the data.
+
+    Raises:
+        ValueError: They do not.
+    """
+    if args.streaming and training_args.max_steps <= 0:
+        raise ValueError("a stream has no length: give `max_steps`")
+    train, validation = (list_sources(sources) for sources in (args.train_data, args.validation_data))
+    if shared := train & validation:
+        logger.warning("%s: in training and validation; losses on it say little", ", ".join(sorted(shared)))
+    if training_args.eval_strategy != "no" and not args.validation_data:
+        raise ValueError("`eval_strategy` needs texts to evaluate on: give `validation_data`")
+    names = name_sources(args.validation_data).values()
+    known = ["loss"] if len(names) < 2 else [f"{name}_loss" for name in names]
+    metric = training_args.metric_for_best_model
+    if metric is not None and metric.removeprefix("eval_") not in known:
+        raise ValueError(f"there is no `metric_for_best_model` '{metric}'; give one of {', '.join(known)}")
+    if training_args.greater_is_better:
+        raise ValueError("`greater_is_better` (True) is wrong for a loss; leave it out")
+
+
+def list_sources(sources: Sequence[str]) -> set[str]:
+    """Files of local sources, and the names of others."""
+    local = [source for source in sources if is_local(source)]
+    return {str(Path(path).resolve()) for path in find_files(local)} | (set(sources) - set(local))
+
+
+def describe_settings(args: PretrainingArguments, training_args: TrainingArguments) -> dict:
+    """Settings of the run, with files and models described by their content."""
+    names = ("tokenizer", "config_name", "model_name_or_path", "teacher")
+    identities = {name: describe_model(getattr(args, name)) for name in names if getattr(args, name) is not None}
+    for name in ("train_data", "validation_data"):
+        local = [source for source in getattr(args, name) if is_local(source)]
+        hashes = [hash_file(path) for path in find_files(local)]
+        identities[name] = [source for source in getattr(args, name) if source not in local] + hashes
+    return run_settings(args, training_args, without=("license", "preprocessing_num_workers"), **identities)
 
 
 def just_evaluated(trainer: PretrainingTrainer) -> bool:
@@ -332,21 +436,21 @@ def just_evaluated(trainer: PretrainingTrainer) -> bool:
 
 
 def describe(args: PretrainingArguments, training_args: TrainingArguments, model: PreTrainedModel) -> dict[str, str]:
-    """What a report says of a run, beside its curves."""
+    """Facts of a run for the report."""
     rows = training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size
-    start = clean(args.preset or args.model_name_or_path or args.config_name)
+    start = redact(args.preset or args.model_name_or_path or args.config_name)
     return {
         "model": f"{start}, {model.num_parameters():,} parameters",
-        "texts": ", ".join(clean(args.train_data)),
+        "texts": ", ".join(redact(args.train_data)),
         "step": f"{rows} rows of {args.max_length} tokens, {args.mlm_probability:.0%} masked",
-        "teacher": clean(args.teacher) or "none",
+        "teacher": redact(args.teacher) or "none",
         "learning rate": f"{training_args.learning_rate:g}, {SchedulerType(training_args.lr_scheduler_type).value}",
         **environment(),
     }
 
 
 def summarise(trainer: PretrainingTrainer, model: PreTrainedModel) -> dict:
-    """Figures of a finished run, resumed or not: last losses, tokens, seconds of training, versions."""
+    """Results of a finished run, resumed or not: last losses, tokens, seconds of training, versions."""
     seconds, tokens = 0.0, 0
     for entry in trainer.state.log_history:
         if "tokens_per_second" in entry:
@@ -362,17 +466,21 @@ def summarise(trainer: PretrainingTrainer, model: PreTrainedModel) -> dict:
     if "eval_loss" in results:
         results["perplexity"] = math.exp(results["eval_loss"])
     for entry in trainer.state.log_history:
-        results |= {name: entry[name] for name in ("mlm_loss", "kl_loss", "hidden_loss", "aux_loss") if name in entry}
+        results |= {
+            name: entry[name]
+            for name in ("mlm_loss", "kl_loss", "hidden_loss", "pooled_loss", "aux_loss")
+            if name in entry
+        }
     return {**results, **environment()}
 
 
 def card_facts(args, training_args, model: ModernAlbertForMaskedLM, results: dict) -> PretrainingFacts:
-    """What the model card says."""
+    """Facts of a run for the model card."""
     names = name_sources(args.validation_data)
     eval_losses = {
         source: results["eval_loss" if len(names) == 1 else f"eval_{name}_loss"] for source, name in names.items()
     }
-    losses = ("mlm_loss", "kl_loss", "hidden_loss", "aux_loss")
+    losses = ("mlm_loss", "kl_loss", "hidden_loss", "pooled_loss", "aux_loss")
     recipe = {**asdict(args), **{name: getattr(training_args, name) for name in RECIPE}}
     return PretrainingFacts(
         name=Path(training_args.output_dir).name,
@@ -396,4 +504,4 @@ def card_facts(args, training_args, model: ModernAlbertForMaskedLM, results: dic
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

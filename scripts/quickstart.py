@@ -14,8 +14,6 @@ import math
 import random
 import re
 import shutil
-import subprocess
-import sys
 import sysconfig
 import textwrap
 import time
@@ -32,9 +30,11 @@ import train_tokenizer
 import transformers
 from rich.console import Console
 from rich.table import Table
-from transformers import HfArgumentParser
 
 from modernalbert.tokenization import load_tokenizer
+from modernalbert.training.cli import Count, Seed, parse_arguments, run_script
+from modernalbert.training.export.folder import run_fresh
+from modernalbert.training.runs import write_json
 
 
 MASKED = [
@@ -43,10 +43,9 @@ MASKED = [
     "If the argument is not given, the [MASK] value is used.",
 ]
 
-# What somebody without the package does with the two exported folders.
-STRANGER = """
+# What a user of the two exported folders does.
+RELOAD = """
 import json, sys
-sys.modules["modernalbert"] = None
 from transformers import pipeline
 masked_lm, classifier, sentences = json.loads(sys.argv[1])
 fill = pipeline("fill-mask", model=masked_lm, trust_remote_code=True)
@@ -55,16 +54,22 @@ print(json.dumps({"filled": [[[g["token_str"], g["score"]] for g in fill(s, top_
                   "class": type(judge.model).__name__, "judged": judge(["The list is sorted in place.",
                                                                         "place sorted is list The in."])}))
 """
+MARK = ".quickstart"  # lies in a folder that this script made
 
 
 @dataclass
 class QuickstartArguments:
     """Where to, and how much."""
 
-    output_dir: str = field(default="runs/quickstart", metadata={"help": "Folder that receives everything; emptied."})
-    max_steps: int = field(default=360, metadata={"help": "Pretraining steps of 1024 tokens."})
-    sentences: int = field(default=4500, metadata={"help": "Sentences to fine-tune on."})
-    seed: int = field(default=0, metadata={"help": "Seed of everything random."})
+    output_dir: str = field(
+        default="runs/quickstart",
+        metadata={
+            "help": "Folder that receives everything; new, or of an earlier run of this script, which is removed."
+        },
+    )
+    max_steps: Count = field(default=360, metadata={"help": "Pretraining steps of 1024 tokens."})
+    sentences: Count = field(default=4500, metadata={"help": "Sentences to fine-tune on."})
+    seed: Seed = field(default=0, metadata={"help": "Seed of everything random."})
 
 
 def read_python_prose() -> list[str]:
@@ -94,7 +99,7 @@ def split_sentences(paragraphs: Sequence[str]) -> list[str]:
 
 
 def disturb(sentence: str, rng: random.Random) -> str:
-    """The words in another order; capital and full stop keep their places, so that they give nothing away."""
+    """The words in another order; capital and full stop keep their positions, so that they give no hint."""
     words = sentence[0].lower() + sentence[1:-1]
     words = words.split()
     shuffled = words[:]
@@ -147,16 +152,28 @@ def unigram_loss(files: dict[str, str], tokenizer) -> float:
     return loss / counts["validation"].total()
 
 
+def make_folder(folder: Path) -> None:
+    """An empty folder, which replaces one that this script made before.
+
+    Raises:
+        FileExistsError: It holds something else, which is not to be removed.
+    """
+    if folder.exists() and not (folder / MARK).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"'{folder}' holds something else than a quickstart; choose another `output_dir`")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / MARK).touch()
+
+
 def main(argv: Sequence[str] | None = None) -> dict:
     """Runs the steps and prints the table; returns its figures."""
-    (args,) = HfArgumentParser(QuickstartArguments).parse_args_into_dataclasses(argv)
+    (args,) = parse_arguments((QuickstartArguments,), argv, description=__doc__)
     start = time.perf_counter()
     console = Console(width=110)
     transformers.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     folder = Path(args.output_dir)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    make_folder(folder)
     names = ("tokenizer", "pretrained", "pretrained-merged", "classifier", "classifier-merged", "merged-results")
     path = {name: str(folder / name) for name in names}
 
@@ -193,12 +210,9 @@ def main(argv: Sequence[str] | None = None) -> dict:
     )
 
     console.rule("5. a fresh process without the package")
-    request = json.dumps([path["pretrained-merged"], path["classifier-merged"], MASKED])
-    result = subprocess.run([sys.executable, "-c", STRANGER, request], capture_output=True, text=True)
-    if result.returncode:
-        raise RuntimeError(f"the exported folders do not load in a fresh process:\n{result.stderr}")
-    stranger = json.loads(result.stdout.splitlines()[-1])
-    for sentence, guesses in zip(MASKED, stranger["filled"], strict=True):
+    folders = [str(Path(path[name]).resolve()) for name in ("pretrained-merged", "classifier-merged")]
+    reloaded = json.loads(run_fresh(RELOAD, json.dumps([*folders, MASKED])).splitlines()[-1])
+    for sentence, guesses in zip(MASKED, reloaded["filled"], strict=True):
         console.print(f"{sentence.replace('[MASK]', '____')}  ", end="", highlight=False)
         console.print(", ".join(f"{token.strip()} ({score:.0%})" for token, score in guesses), highlight=False)
 
@@ -213,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         "parameters": pretraining["parameters"],
         "seconds": time.perf_counter() - start,
     }
-    (folder / "results.json").write_text(json.dumps(figures, indent=1))
+    write_json(folder / "results.json", figures)
     table = Table(title="quickstart", title_justify="left", show_header=False)
     for name, value in figures.items():
         table.add_row(name, f"{value:.3f}" if value < 100 else f"{value:,.0f}")
@@ -231,4 +245,4 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

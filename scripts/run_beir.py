@@ -10,33 +10,34 @@ Training with in-batch negatives and two mined ones for each query, on a folder 
     python scripts/run_beir.py --model_name_or_path runs/nano --dataset data/scifact --do_train \
         --num_negatives 2 --max_seq_length 128 --max_steps 50 --learning_rate 1e-4 --output_dir runs/scifact
 
-The same command goes on where it was stopped, in training as in encoding. `model` in the output folder is what
-`SentenceTransformer` and mteb load, its prompts included; with `--seeds` there is one in each `seed-N`. Any encoder of
-the Auto classes will do, and any SentenceTransformer.
+The model is any encoder of the Auto classes, or a SentenceTransformer. The same command resumes a stopped run, in training
+and in encoding. `model` in the output folder loads as a `SentenceTransformer` and in mteb, prompts included; several seeds
+or learning rates write into folders of their own. `--peft` trains a LoRA, which is folded into `model` and also saved in
+`adapter`. The router of a ModernALBERT is balanced with `router_aux_loss_coef`, as in every training.
 
-Search holds one shard of the corpus at a time. Where exact search gets too slow, `embeddings/model/*.safetensors` go
-into an index as they are, in order: `index.add(load_file(shard)["embeddings"].numpy())` with `faiss.IndexHNSWFlat(width,
+Search holds one shard of the corpus at a time. If exact search is too slow, add `embeddings/model/*.safetensors` to an
+index, in order: `index.add(load_file(shard)["embeddings"].numpy())` with `faiss.IndexHNSWFlat(width,
 32, faiss.METRIC_INNER_PRODUCT)`.
 """
 
 import copy
-import json
 import logging
+import re
 import shutil
-import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
 from sentence_transformers.util import mine_hard_negatives
-from transformers import set_seed
+from transformers import AutoModel
 
 
 try:
@@ -48,40 +49,25 @@ except ImportError:  # sentence-transformers 5
     from sentence_transformers.losses import CachedMultipleNegativesRankingLoss, MultipleNegativesRankingLoss
 
 import modernalbert  # noqa: F401  (registers the Auto classes)
-from modernalbert.merging_modernalbert import METHODS, check_mergeable
-from modernalbert.training.cli import parse_arguments
-from modernalbert.training.evaluation.results import describe_model, read_finished, summarise, write_results
-from modernalbert.training.evaluation.retrieval import (
-    RetrievalSet,
-    evaluate_bm25,
-    evaluate_model,
-    load_retrieval,
-    make_pairs,
-    mean_scores,
-)
-from modernalbert.training.export.cards import write_finetuned_cards
+from modernalbert.merging_modernalbert import METHODS
+from modernalbert.training.callbacks import ROUTING_NAME, read_routing_weights
+from modernalbert.training.cli import Count, Positive, run_script
+from modernalbert.training.evaluation import retrieval
+from modernalbert.training.evaluation.contrastive import BalancedLoss
+from modernalbert.training.evaluation.task import Setup, Task, run_task
+from modernalbert.training.export.cards import MERGED_NAME
 from modernalbert.training.export.folder import draft_folder
-from modernalbert.training.finetuning import train_to_the_end, write_tokenizer
-from modernalbert.training.runs import RESULTS_NAME, last_checkpoint, write_files, write_text
+from modernalbert.training.finetuning import CALIBRATION_ROWS, check_max_length, make_lora, write_tokenizer
+from modernalbert.training.loading import check_folder, load_model
+from modernalbert.training.packing import collate_batches, encode_texts
+from modernalbert.training.runs import SETTINGS_NAME, describe_model, hash_file, write_files
+from modernalbert.training.trainer import TrainerMixin
 
 
 logger = logging.getLogger(__name__)
 
-# A query has several relevant documents: in one batch, each would be a negative of the other.
-DEFAULTS = {"batch_sampler": "no_duplicates", "warmup_steps": 0.1, "logging_steps": 50, "save_total_limit": 2}
-
-SETTINGS = (
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "weight_decay", "warmup_steps"),
-    *("lr_scheduler_type", "max_steps", "num_train_epochs", "batch_sampler", "bf16", "fp16", "optim", "adam_beta1"),
-    *("adam_beta2", "adam_epsilon", "max_grad_norm"),
-)
-
-# "ema" needs what a router did in training, "cluster" leaves experts.
-MERGING = [name for name, (_, source) in METHODS.items() if source != "given" and name != "cluster"]
-PAIRS_NAME = "pairs.parquet"
-CALIBRATION_ROWS = 256
 MAIN = "ndcg_at_10"
-QUERIES = f"{MAIN} of queries"
+ONCE = "the model is scored once, after its training"
 
 
 @dataclass
@@ -96,7 +82,7 @@ class RetrievalArguments:
     pooling: str | None = field(
         default=None, metadata={"help": "mean, cls, max, ...; default: the SentenceTransformer's own, else mean."}
     )
-    max_seq_length: int | None = field(
+    max_seq_length: Count | None = field(
         default=None, metadata={"help": "Longest text in tokens; default: the model's."}
     )
     query_prompt: str | None = field(default=None, metadata={"help": "Text before every query; saved with the model."})
@@ -109,78 +95,230 @@ class RetrievalArguments:
         default=None,
         metadata={"help": "Mined: at least this share less similar than the positive, 0.05 with a good miner."},
     )
-    temperature: float = field(default=0.05, metadata={"help": "Of the contrastive loss."})
-    mini_batch_size: int | None = field(
+    temperature: Positive = field(default=0.05, metadata={"help": "Of the contrastive loss."})
+    mini_batch_size: Count | None = field(
         default=None, metadata={"help": "Texts in memory at once (GradCache), so that batches may be large."}
     )
-    seeds: list[int] = field(default_factory=list, metadata={"help": "One training run for each; default: `seed`."})
-    merge_after: str | None = field(
-        default=None, metadata={"help": f"Score the model with merged experts as well: {', '.join(MERGING)}."}
-    )
     bm25: bool = field(default=False, metadata={"help": "Score BM25 as well; it holds all documents in memory."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run the model's own code from the Hub."})
 
     def __post_init__(self):
-        if self.merge_after is not None and self.merge_after not in MERGING:
-            raise ValueError(
-                f"there is no `merge_after` method '{self.merge_after}'; give one of {', '.join(MERGING)}"
-            )
-        if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"`seeds` {self.seeds} names a run twice")
-        if self.temperature <= 0:
-            raise ValueError(f"`temperature` ({self.temperature}) must be positive")
-        for name, least in (("num_negatives", 0), ("mini_batch_size", 1), ("max_seq_length", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"`{name}` ({value}) must be at least {least}")
+        if not 0 <= self.num_negatives <= 1000:
+            raise ValueError(f"`num_negatives` ({self.num_negatives}) must be at least 0 and at most 1000")
+        if self.mining_margin is not None and not 0 <= self.mining_margin < 1:
+            raise ValueError(f"`mining_margin` ({self.mining_margin}) must be at least 0 and below 1")
 
 
-def check_training(args: RetrievalArguments, training_args: SentenceTransformerTrainingArguments) -> None:
-    """Sees, before any work, that the arguments go together.
+class ContrastiveTrainer(TrainerMixin, SentenceTransformerTrainer):
+    """Trainer of a SentenceTransformer, maybe with a LoRA in its encoder."""
 
-    Raises:
-        ValueError: They do not.
-    """
-    if training_args.push_to_hub:
-        raise ValueError("`push_to_hub` would upload checkpoints; upload the folder `model` with `hf upload`")
-    if training_args.do_train and training_args.n_gpu > 1:
-        raise ValueError(
-            f"{training_args.n_gpu} GPUs are visible to one process; start one process for each, with `torchrun "
-            f"--nproc_per_node {training_args.n_gpu} scripts/run_beir.py ...`"
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        # Private; seen in sentence-transformers 6.2 and transformers 5.24. Theirs builds a model without a LoRA. Only the
+        # LoRA has changed since the start of the run.
+        encoder = self.model[0].auto_model
+        names = [name for name in encoder.state_dict() if "lora_" in name]
+        if not names:
+            return super()._load_from_checkpoint(resume_from_checkpoint)
+        saved = load_file(Path(resume_from_checkpoint) / "model.safetensors")
+        encoder.load_state_dict({name: saved[name] for name in names}, strict=False)
+
+
+class RetrievalTask(Task):
+    """A query to the documents that answer it; model and Trainer are those of sentence-transformers."""
+
+    arguments = RetrievalArguments
+    training_arguments = SentenceTransformerTrainingArguments
+    # A query has several relevant documents: in one batch, each would be a negative of the other.
+    defaults = {"batch_sampler": "no_duplicates", "warmup_steps": 0.1, "save_total_limit": 2}
+    fixed = {
+        "eval_strategy": ("no", ONCE),
+        "load_best_model_at_end": (False, ONCE),
+        "label_names": (None, "pairs have no labels"),
+        "label_smoothing_factor": (0.0, "pairs have no classes to smooth"),
+        "prompts": (None, "`query_prompt` and `document_prompt` are saved with the model as well"),
+    }
+    without_effect = ("bm25", "dataset", "train_dataset")
+    peft_type = "FEATURE_EXTRACTION"
+
+    def __init__(self, setup: Setup):
+        args, tuning = setup.args, setup.tuning
+        self.sets = {"validation": retrieval.load_retrieval(args.dataset, args.split, tuning.max_eval_samples)}
+        if args.bm25 and not any(re.search(r"\w", text) for text in self.sets["validation"].corpus["text"]):
+            raise ValueError(f"the documents of '{args.dataset}' have no word for `bm25` to find")
+        if setup.training_args.do_train:
+            source = args.train_dataset or args.dataset
+            self.sets["train"] = retrieval.load_retrieval(source, args.train_split, tuning.max_train_samples)
+            self.pairs_to_train = retrieval.make_pairs(self.sets["train"])
+        rows = {split: data.judged for split, data in self.sets.items()}
+        sources = {split: data.facts["source"] for split, data in self.sets.items()}
+        name = f"{Path(args.dataset).name}, {args.split}"
+        mining = {"mining_model": args.mining_model and describe_model(args.mining_model)}
+        super().__init__(setup, name, list(retrieval.MEASURES), rows, sources, ["query"], mining)
+        self.data = {split: data.facts for split, data in self.sets.items()}
+
+    @classmethod
+    def open(cls, args, tuning, training_args):
+        if not training_args.do_train:
+            for name in ("train_dataset", "num_negatives", "mining_model", "mini_batch_size"):
+                if getattr(args, name):
+                    raise ValueError(f"`{name}` is for training: give `do_train`, or leave it out")
+        elif args.mining_model is not None and args.num_negatives == 0:
+            raise ValueError("`mining_model` mines negatives: give `num_negatives`, or leave it out")
+        if args.mining_model is not None:
+            check_folder(args.mining_model)
+        # SentenceTransformer would initialise missing tensors at random.
+        if (Path(args.model_name_or_path) / "config.json").is_file():
+            load_model(AutoModel, args.model_name_or_path, trust_remote_code=tuning.trust_remote_code)
+        model = build_model(args, tuning, args.model_name_or_path, str(training_args.device))
+        return Setup(args, tuning, training_args, model[0].auto_model.config, model.tokenizer)
+
+    @classmethod
+    def load(cls, setup):
+        return [cls(setup)]
+
+    def load_model(self, start):
+        return build_model(self.setup.args, self.setup.tuning, start, str(self.setup.training_args.device)), []
+
+    def add_lora(self, model, new):
+        tuning, encoder = self.setup.tuning, model[0].auto_model
+        for parameter in model.parameters():
+            parameter.requires_grad = False
+        # Puts the LoRA into the encoder itself.
+        lora = make_lora(encoder, self.peft_type, new, tuning.peft_rank, tuning.peft_target_modules)
+        self.adapter = get_peft_model(encoder, lora)
+        return model
+
+    def encoder(self, model):
+        return model[0].auto_model
+
+    def build_trainer(self, model, run, scored=False):
+        args = self.setup.args
+        with run.main_process_first():
+            pairs = self.mine_pairs(model, run)
+        logger.info("training on %d pairs with %d mined negatives each", len(pairs), args.num_negatives)
+        prompts = {"query": model.prompts.get("query"), "document": model.prompts.get("document")}
+        prompts |= {name: prompts["document"] for name in pairs.column_names if name not in prompts}
+        run.prompts = {name: prompt for name, prompt in prompts.items() if prompt} or None
+        options = {"scale": 1 / args.temperature, "gather_across_devices": run.world_size > 1}
+        if args.mini_batch_size is None:
+            loss = MultipleNegativesRankingLoss(model, **options)
+        else:
+            loss = CachedMultipleNegativesRankingLoss(model, mini_batch_size=args.mini_batch_size, **options)
+        if getattr(model[0].auto_model.config, "router_aux_loss_coef", 0) > 0:
+            loss = BalancedLoss(model, loss)
+        return ContrastiveTrainer(model=model, args=run, train_dataset=pairs, loss=loss)
+
+    def mine_pairs(self, model: SentenceTransformer, run: SentenceTransformerTrainingArguments) -> Dataset:
+        """Queries, each with a relevant document and its mined negatives; a resumed run reads what it has mined before.
+
+        Raises:
+            ValueError: There are no negatives for any of them.
+        """
+        args, folder, data = self.setup.args, Path(run.output_dir), self.sets["train"]
+        if args.num_negatives == 0:
+            return self.pairs_to_train
+        # The folder's settings, which are checked before, stand for all that the pairs depend on.
+        path = folder / f"pairs-{hash_file(folder / SETTINGS_NAME)}.parquet"
+        if path.is_file():
+            return Dataset.from_parquet(str(path))
+        miner = model
+        if args.mining_model is not None:
+            miner = SentenceTransformer(args.mining_model, trust_remote_code=self.setup.tuning.trust_remote_code)
+        pairs = mine_hard_negatives(
+            self.pairs_to_train,
+            miner,
+            corpus=[text for text in data.corpus["text"] if text],
+            relative_margin=args.mining_margin,
+            num_negatives=args.num_negatives,
+            output_format="n-tuple",
+            batch_size=run.per_device_eval_batch_size,
+            verbose=False,
         )
-    if not training_args.do_train:
-        for name in ("train_dataset", "num_negatives", "mining_model", "mini_batch_size", "seeds"):
-            if getattr(args, name):
-                raise ValueError(f"`{name}` is for training: give `do_train`, or leave it out")
-    elif args.mining_model is not None and args.num_negatives == 0:
-        raise ValueError("`mining_model` mines negatives: give `num_negatives`, or leave it out")
+        found, count = len(pairs), len(self.pairs_to_train)
+        logger.info("%d of %d pairs have %d negatives; the others are left out", found, count, args.num_negatives)
+        if found == 0:
+            raise ValueError(
+                f"no pair has {args.num_negatives} negatives; lower `num_negatives`, leave `mining_margin` "
+                f"({args.mining_margin}) out, or mine with another `mining_model`"
+            )
+        write_files(folder, lambda draft: pairs.to_parquet(str(draft / path.name)))
+        return pairs
+
+    def save(self, trainer, folder):
+        if isinstance(trainer.loss, BalancedLoss):
+            trainer.loss.remove()
+        model = trainer.model
+        if self.setup.tuning.peft:  # SentenceTransformer loads the whole model, PEFT the adapter
+            (folder / "adapter").mkdir(exist_ok=True)
+            write_files(folder / "adapter", self.adapter.save_pretrained)
+            model, _ = self.load_model(self.setup.model_name)
+            PeftModel.from_pretrained(model[0].auto_model, folder / "adapter").merge_and_unload()
+        save(model, self.saved(folder))
+
+    def saved(self, folder):
+        return folder / "model"
+
+    def evaluate(self, model, run, folder):
+        if not run.should_save:  # one process evaluates
+            return {}, {}
+        root = Path(run.output_dir)
+        name = "model" if folder == root else folder.name
+        if not run.do_train:
+            save(model, root / name)
+        data = self.sets["validation"]
+        queries = retrieval.evaluate_model(model, data, root / "embeddings" / name, run.per_device_eval_batch_size)
+        details = {f"{MAIN} of queries": {query: values[MAIN] for query, values in queries.items()}}
+        return retrieval.mean_scores(queries), details
+
+    def merge(self, trainer, model, folder):
+        method = self.setup.tuning.merge_after
+        merged = copy.deepcopy(model)
+        encoder, batches, weights = merged[0].auto_model, None, None
+        if METHODS[method].source == "given":
+            weights = read_routing_weights(folder / ROUTING_NAME, encoder.config)
+        if METHODS[method].source == "text":
+            prompt = model.prompts.get("document") or ""
+            texts = [prompt + text for text in self.sets["train"].corpus[:CALIBRATION_ROWS]["text"]]
+            options = {"padding": True, "truncation": True, "max_length": model.max_seq_length, "return_tensors": "pt"}
+            batches = collate_batches(
+                texts,
+                lambda part: encode_texts(model.tokenizer, part, **options).to(encoder.device),
+                trainer.args.per_device_eval_batch_size,
+            )
+        encoder.eval().merge_experts(method, weights=weights, batches=batches)
+        if trainer.args.should_save:
+            save(merged, folder / MERGED_NAME)
+        return merged
+
+    @classmethod
+    def score_baselines(cls, tasks):
+        (task,) = tasks.values()
+        if not task.setup.args.bm25:
+            return {}
+        return {"BM25": retrieval.mean_scores(retrieval.evaluate_bm25(task.sets["validation"]))}
 
 
-def build_model(args: RetrievalArguments, training_args: SentenceTransformerTrainingArguments) -> SentenceTransformer:
+def build_model(args: RetrievalArguments, tuning, start: str, device: str) -> SentenceTransformer:
     """The encoder with pooling and prompts, in float32.
 
     Raises:
-        ValueError: `max_seq_length` exceeds what the model takes, or there are no experts to merge.
+        ValueError: `max_seq_length` exceeds what the model takes, or a file of the model is damaged.
     """
+    check_folder(start)
     model = SentenceTransformer(
-        args.model_name_or_path,
-        device=str(training_args.device),
-        trust_remote_code=args.trust_remote_code,
+        start,
+        device=device,
+        trust_remote_code=tuning.trust_remote_code,
         model_kwargs={"dtype": "float32"},  # whatever the checkpoint holds, the master weights are float32
     )
     config = model[0].auto_model.config
-    if args.merge_after is not None:
-        if not getattr(config, "has_router", False):
-            raise ValueError(f"'{args.model_name_or_path}' has no experts to merge: leave `merge_after` out")
-        check_mergeable(config, text=METHODS[args.merge_after][1] == "text")
+    if tuning.router_aux_loss_coef is not None and getattr(config, "has_router", False):
+        config.router_aux_loss_coef = tuning.router_aux_loss_coef
+    if config.model_type == "modernalbert":  # the saved tokenizer says what the model takes
+        model.tokenizer.model_max_length = min(model.tokenizer.model_max_length, config.max_position_embeddings)
     if args.pooling is not None:
         model[1] = type(model[1])(config.hidden_size, args.pooling)
     if args.max_seq_length is not None:
-        longest = getattr(config, "max_position_embeddings", args.max_seq_length)
-        if args.max_seq_length > longest:
-            raise ValueError(
-                f"`max_seq_length` ({args.max_seq_length}) exceeds the model's `max_position_embeddings` ({longest})"
-            )
+        check_max_length("max_seq_length", args.max_seq_length, model.tokenizer, config)
         model.max_seq_length = args.max_seq_length
     for kind, prompt in (("query", args.query_prompt), ("document", args.document_prompt)):
         if prompt is not None:
@@ -188,197 +326,18 @@ def build_model(args: RetrievalArguments, training_args: SentenceTransformerTrai
     return model
 
 
-def load_pairs(
-    model: SentenceTransformer,
-    args: RetrievalArguments,
-    training_args: SentenceTransformerTrainingArguments,
-    data: RetrievalSet,
-) -> Dataset:
-    """Queries, each with a relevant document and its mined negatives; a resumed run reads what it has mined before.
-
-    Raises:
-        ValueError: There are no pairs, or no negatives for any of them.
-    """
-    folder = Path(training_args.output_dir)
-    path = folder / PAIRS_NAME
-    first = training_args.local_process_index == 0
-    if path.is_file() and not (first and last_checkpoint(folder) is None):  # of this very run
-        return Dataset.from_parquet(str(path))
-    pairs = make_pairs(data)
-    if args.num_negatives > 0:
-        miner = model
-        if args.mining_model is not None:
-            miner = SentenceTransformer(args.mining_model, trust_remote_code=args.trust_remote_code)
-        mined = mine_hard_negatives(
-            pairs,
-            miner,
-            corpus=[text for text in data.corpus["text"] if text],
-            relative_margin=args.mining_margin,
-            num_negatives=args.num_negatives,
-            output_format="n-tuple",
-            batch_size=training_args.per_device_eval_batch_size,
-            verbose=False,
-        )
-        logger.info(
-            "%d of %d pairs have %d negatives; the others are left out", len(mined), len(pairs), args.num_negatives
-        )
-        if len(mined) == 0:
-            raise ValueError(
-                f"no pair has {args.num_negatives} negatives; lower `num_negatives`, leave `mining_margin` "
-                f"({args.mining_margin}) out, or mine with another `mining_model`"
-            )
-        pairs = mined
-    write_files(folder, lambda draft: pairs.to_parquet(str(draft / path.name)))
-    return pairs
-
-
-def train(
-    model: SentenceTransformer,
-    args: RetrievalArguments,
-    training_args: SentenceTransformerTrainingArguments,
-    data: RetrievalSet,
-) -> None:
-    """Trains from the last complete checkpoint on, where there is one, and saves `model` into the output folder.
-
-    Raises:
-        SystemExit: Ctrl-C or SIGTERM stopped the run, after its checkpoint was written.
-    """
-    folder = Path(training_args.output_dir)
-    with training_args.main_process_first():
-        pairs = load_pairs(model, args, training_args, data)
-    logger.info("training on %d pairs with %d mined negatives each", len(pairs), args.num_negatives)
-    prompts = {"query": model.prompts.get("query"), "document": model.prompts.get("document")}
-    prompts |= {name: prompts["document"] for name in pairs.column_names if name not in prompts}
-    training_args.prompts = {name: prompt for name, prompt in prompts.items() if prompt} or None
-    loss = {"scale": 1 / args.temperature, "gather_across_devices": training_args.world_size > 1}
-    if args.mini_batch_size is None:
-        loss = MultipleNegativesRankingLoss(model, **loss)
-    else:
-        loss = CachedMultipleNegativesRankingLoss(model, mini_batch_size=args.mini_batch_size, **loss)
-    train_to_the_end(SentenceTransformerTrainer(model=model, args=training_args, train_dataset=pairs, loss=loss))
-    if training_args.should_save:
-        save(model, folder / "model")
-
-
 def save(model: SentenceTransformer, folder: Path) -> None:
-    """Writes the folder, whole or not at all, in place of an older one."""
+    """Writes the folder atomically, replacing an older one."""
     shutil.rmtree(folder, ignore_errors=True)
     with draft_folder(folder) as draft:
         model.save_pretrained(str(draft), create_model_card=False)  # theirs shows training texts, and no scores
         write_tokenizer(model.tokenizer, draft)
 
 
-def merge(model: SentenceTransformer, method: str, data: RetrievalSet, batch_size: int) -> SentenceTransformer:
-    """A copy with merged experts; methods that look at text see the first documents of the corpus."""
-    merged = copy.deepcopy(model)
-    batches = None
-    if METHODS[method][1] == "text":
-        prompt = model.prompts.get("document") or ""
-        rows = data.corpus[:CALIBRATION_ROWS]["text"]
-        options = {"padding": True, "truncation": True, "max_length": model.max_seq_length, "return_tensors": "pt"}
-        batches = [
-            dict(model.tokenizer([prompt + text for text in rows[start : start + batch_size]], **options))
-            for start in range(0, len(rows), batch_size)
-        ]
-    merged[0].auto_model.merge_experts(method, batches=batches)
-    return merged
-
-
-def execute(
-    args: RetrievalArguments,
-    training_args: SentenceTransformerTrainingArguments,
-    data: RetrievalSet,
-    train_data: RetrievalSet | None,
-) -> dict[str, Any] | None:
-    """One run: trains if asked to, and evaluates; nothing that an earlier run of the same command finished is done again.
-
-    Returns:
-        What `results.json` in its folder holds, or held already; None in all processes but the first.
-    """
-    folder, batch_size = Path(training_args.output_dir), training_args.per_device_eval_batch_size
-    facts = {"evaluation": data.facts} | ({} if train_data is None else {"train": train_data.facts})
-    others = ("seeds", "bm25", "dataset", "train_dataset")
-    settings = {name: value for name, value in asdict(args).items() if name not in others}
-    for name in ("model_name_or_path", "mining_model"):
-        settings[name] = settings[name] and describe_model(settings[name])
-    settings |= {"seed": training_args.seed, "data": {part: each["fingerprint"] for part, each in facts.items()}}
-    if training_args.do_train:
-        values = training_args.to_dict()
-        settings |= {name: values[name] for name in SETTINGS}
-    if (results := read_finished(folder, settings)) is not None:
-        logger.info("'%s' holds a finished run", folder)
-        return results
-    set_seed(training_args.seed)
-    model = build_model(args, training_args)
-    if training_args.do_train:
-        if last_checkpoint(folder) is None or not (folder / "model").exists():
-            train(model, args, training_args, train_data)
-        if not training_args.should_save:  # one process evaluates
-            return None
-        model = build_model(replace(args, model_name_or_path=str(folder / "model")), training_args)
-    else:
-        save(model, folder / "model")
-    queries = evaluate_model(model, data, folder / "embeddings" / "model", batch_size)
-    scores = mean_scores(queries)
-    details = {QUERIES: {query: values[MAIN] for query, values in queries.items()}}
-    if args.merge_after is not None:
-        merged = merge(model, args.merge_after, data, batch_size)
-        save(merged, folder / "merged")
-        queries = evaluate_model(merged, data, folder / "embeddings" / "merged", batch_size)
-        scores |= {f"merged_{name}": value for name, value in mean_scores(queries).items()}
-        details[f"merged {QUERIES}"] = {query: values[MAIN] for query, values in queries.items()}
-        details["merged_parameters"] = merged[0].auto_model.num_parameters()
-    facts = {
-        "task": f"{Path(args.dataset).name}, {args.split}",
-        "model_name": args.model_name_or_path,
-        "model": model[0].auto_model,
-        "scores": scores,
-        "data": facts,
-        "seed": training_args.seed,
-        "settings": settings,
-        "details": details,
-    }
-    if training_args.do_train:
-        write_finetuned_cards(folder, **facts)
-    return write_results(folder, **facts)
-
-
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Trains if asked to, evaluates, and writes model, embeddings and `results.json`; returns what the latter holds.
-
-    Raises:
-        SystemExit: Ctrl-C or SIGTERM stopped a run, after its checkpoint was written.
-        ValueError: Arguments do not go together, or the data is broken.
-    """
-    args, training_args = parse_arguments(
-        (RetrievalArguments, SentenceTransformerTrainingArguments), argv, DEFAULTS, __doc__
-    )
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    check_training(args, training_args)
-    output_dir = Path(training_args.output_dir)
-    runs = []
-    for seed in args.seeds or [training_args.seed]:
-        own = copy.copy(training_args)
-        own.seed, own.output_dir = seed, str(output_dir / f"seed-{seed}" if args.seeds else output_dir)
-        runs.append(own)
-    with training_args.main_process_first():
-        data, train_data = load_retrieval(args.dataset, args.split), None
-        if training_args.do_train:
-            train_data = load_retrieval(args.train_dataset or args.dataset, args.train_split)
-    results = [execute(args, own, data, train_data) for own in runs]
-    if not training_args.should_save:
-        return {}
-    summary = summarise(results) if args.seeds else results[0]
-    if args.seeds:  # means over the seeds, to compare models query by query
-        for name in (name for name in results[0]["details"] if name.endswith(QUERIES)):
-            each = [result["details"][name] for result in results]
-            summary["details"][name] = {query: statistics.mean(run[query] for run in each) for query in each[0]}
-    if args.bm25 and "baselines" not in summary["details"]:
-        summary["details"]["baselines"] = {"BM25": mean_scores(evaluate_bm25(data))}
-    write_text(output_dir / RESULTS_NAME, json.dumps(summary, indent=1))
-    logger.info("%s", json.dumps({**summary["scores"], **summary["details"].get("baselines", {})}))
-    return summary
+def main(argv: Sequence[str] | None = None) -> dict:
+    """See [`run_task`]."""
+    return run_task(RetrievalTask, argv, __doc__)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -11,24 +11,27 @@ On a CPU within a minute, from whatever text is at hand:
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-
-from datasets import load_dataset
-from transformers import HfArgumentParser
+from typing import Annotated
 
 from modernalbert.tokenization import padded_vocab_size, save_tokenizer, train_tokenizer
-from modernalbert.training.data import find_files
+from modernalbert.training.cli import Bounds, Count, parse_arguments, run_script
+from modernalbert.training.data import stream_texts
+from modernalbert.training.runs import check_output_dir
 
 
 logger = logging.getLogger(__name__)
 
 
+VocabSize = Annotated[int, Bounds(least=1, most=10**7)]  # the library takes memory for all of it before it reads
+
+
 @dataclass
 class TokenizerArguments:
-    """What to read, how large a vocabulary to learn, and where to put it."""
+    """Texts, vocabulary size and output."""
 
     output_dir: str = field(metadata={"help": "Folder that receives the tokenizer."})
     files: list[str] = field(
@@ -42,38 +45,15 @@ class TokenizerArguments:
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the Hub data set."})
     split: str = field(default="train", metadata={"help": "Split of the Hub data set."})
     text_column: str = field(default="text", metadata={"help": "Column that holds the texts; unused for .txt, .md."})
-    max_texts: int | None = field(default=None, metadata={"help": "Stop reading after so many texts."})
-    vocab_size: int = field(default=50368, metadata={"help": "Vocabulary of the model, rounded up to 64."})
-    min_frequency: int = field(default=2, metadata={"help": "How often a pair must occur to be merged."})
-    model_max_length: int = field(default=8192, metadata={"help": "Longest input of the model, in tokens."})
+    max_texts: Count | None = field(default=None, metadata={"help": "Stop reading after so many texts."})
+    vocab_size: VocabSize = field(default=50368, metadata={"help": "Vocabulary of the model, rounded up to 64."})
+    min_frequency: Count = field(default=2, metadata={"help": "How often a pair must occur to be merged."})
+    model_max_length: Count = field(default=8192, metadata={"help": "Longest input of the model, in tokens."})
     overwrite: bool = field(default=False, metadata={"help": "Replace a tokenizer that `output_dir` already holds."})
 
     def __post_init__(self):
         if bool(self.files) == (self.dataset_name is not None):
             raise ValueError("give exactly one of `files` and `dataset_name`")
-
-
-def read_texts(args: TokenizerArguments) -> Iterator[str]:
-    """Streams the texts, so that neither a cache on disk nor the corpus in memory is needed.
-
-    Raises:
-        FileNotFoundError: A pattern in `files` matches no file.
-        ValueError: A file has an unknown ending, or a row lacks `text_column`.
-    """
-    sources = []
-    if args.dataset_name is not None:
-        rows = load_dataset(args.dataset_name, args.dataset_config, split=args.split, streaming=True)
-        sources.append((rows, args.text_column))
-    for reader, paths in find_files(args.files).items():
-        # Without its line break a line would teach the tokenizer nothing about line ends.
-        options = {"keep_linebreaks": True} if reader == "text" else {}
-        rows = load_dataset(reader, data_files=paths, split="train", streaming=True, **options)
-        sources.append((rows, "text" if reader == "text" else args.text_column))
-    for rows, column in sources:
-        for row in rows:
-            if column not in row:
-                raise ValueError(f"`text_column`: there is no column '{column}', but {', '.join(map(repr, row))}")
-            yield row[column]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -82,13 +62,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         FileExistsError: `output_dir` holds a tokenizer and `overwrite` is not given.
     """
-    (args,) = HfArgumentParser(TokenizerArguments).parse_args_into_dataclasses(args=argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    (args,) = parse_arguments((TokenizerArguments,), argv, description=__doc__)
     if not args.overwrite and (Path(args.output_dir) / "tokenizer.json").exists():
         raise FileExistsError(f"`output_dir` '{args.output_dir}' holds a tokenizer; pass --overwrite to replace it")
+    sources = args.files
+    if args.dataset_name is not None:
+        sources = [":".join(filter(None, (args.dataset_name, args.dataset_config)))]
+    # Without its line break a line would teach the tokenizer nothing about line ends.
+    texts = islice(stream_texts(sources, args.split, args.text_column, line_breaks=True), args.max_texts)
+    first = list(islice(texts, 1))  # what cannot be read shows before a folder is made
+    if not first:
+        raise ValueError(f"nothing to train on: {', '.join(sources)} has no texts")
+    check_output_dir(args.output_dir)
 
     tokenizer = train_tokenizer(
-        islice(read_texts(args), args.max_texts),
+        chain(first, texts),
         vocab_size=args.vocab_size,
         min_frequency=args.min_frequency,
         model_max_length=args.model_max_length,
@@ -106,4 +94,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -145,8 +145,14 @@ def load_tokenizer(name_or_folder: str | os.PathLike) -> PreTrainedTokenizerBase
         OSError: There is no such tokenizer, from `AutoTokenizer`.
         ValueError: It knows only special tokens, or has no token for `[CLS]`, `[SEP]`, `[PAD]` or `[MASK]`.
     """
-    tokenizer = AutoTokenizer.from_pretrained(name_or_folder)
-    # What 5.x makes of a folder that has a model's config but no tokenizer file.
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_folder)
+    except (OSError, ValueError) as error:
+        if str(name_or_folder) in str(error):
+            raise
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"cannot load the tokenizer of '{name_or_folder}': {error}") from error
+    # transformers 5 builds an empty tokenizer for a folder that has a model's config but no tokenizer file.
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise ValueError(f"'{name_or_folder}' has no vocabulary; save a tokenizer in it with `save_tokenizer`")
     missing = [name for name in REQUIRED_TOKENS if getattr(tokenizer, name, None) is None]
@@ -188,7 +194,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike
     # 4.x takes `extra_special_tokens` for a dict and fails on the list of 5.x; both know the older name.
     if isinstance(config.get("extra_special_tokens"), list):
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
-    # How this process found the tokenizer is no property of it.
+    # These describe how this process found the tokenizer.
     for name in ("is_local", "local_files_only"):
         config.pop(name, None)
     temporary = path.with_name(path.name + ".tmp")

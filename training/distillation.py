@@ -1,16 +1,26 @@
-"""Distillation: what a frozen teacher adds to the loss of a masked language model."""
+"""Distillation: what a frozen teacher adds to the loss of a masked language model.
+
+[`Distiller`] is for a ModernBERT or ModernALBERT with the student's vocabulary, which sees the student's masked rows;
+[`EncoderDistiller`] for any other encoder, which sees each clean sequence by itself.
+"""
+
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedModel
+from torch import nn
+from transformers import AutoModel, PreTrainedModel
 
+from .alignment import NO_WORD
 from .initialization import teacher_segments
+from .loading import load_model
 
 
 def packed_inputs(model: PreTrainedModel, inputs: dict) -> dict:
-    """Packed rows in the form that keeps texts apart in a given model.
+    """Inputs that keep packed sequences from attending to each other in a given model.
 
-    ModernALBERT reads it from `position_ids`. ModernBERT does not, but takes a mask for each type of layer.
+    ModernALBERT derives them from `position_ids`. ModernBERT needs a mask for each layer type.
 
     Args:
         model: ModernALBERT or ModernBERT.
@@ -26,19 +36,19 @@ def packed_inputs(model: PreTrainedModel, inputs: dict) -> dict:
             f"packed rows would let texts of a {model.config.model_type} see each other; use a ModernALBERT or a "
             "ModernBERT"
         )
-    if model.config._attn_implementation != "sdpa":  # the others would add such a mask, or not see it
+    if model.config._attn_implementation != "sdpa":  # others add boolean masks or ignore them
         raise ValueError(
             f"packed rows of a ModernBERT need `attn_implementation='sdpa'`, got '{model.config._attn_implementation}'"
         )
     position_ids = inputs["position_ids"]
-    text_ids = (position_ids == 0).cumsum(-1).masked_fill(inputs["attention_mask"] == 0, 0)
-    same = text_ids[:, None, :, None] == text_ids[:, None, None, :]  # [batch, 1, query, key]
+    sequence_ids = (position_ids == 0).cumsum(-1).masked_fill(inputs["attention_mask"] == 0, 0)
+    same = sequence_ids[:, None, :, None] == sequence_ids[:, None, None, :]  # [batch, 1, query, key]
     near = (position_ids[:, None, :, None] - position_ids[:, None, None, :]).abs() <= model.config.sliding_window
     return {**inputs, "attention_mask": {"full_attention": same, "sliding_attention": same & near}}
 
 
 class Distiller:
-    r"""A frozen teacher, and the two terms that bring a student close to it.
+    r"""A frozen teacher, and two loss terms that pull a student towards it.
 
     *Logits*: at masked positions, `T^2 KL(softmax(z_teacher / T) || softmax(z_student / T))`, summed over them and
     divided by their number. *Hidden states*: after each group of the student, against those after the last of the
@@ -49,7 +59,7 @@ class Distiller:
 
     Args:
         teacher: ModernBERT or ModernALBERT for masked language modelling, with the student's vocabulary.
-        student: What is trained.
+        student: Model in training.
         temperature: T.
         hidden_loss: `"cosine"` or `"mse"`.
 
@@ -75,13 +85,13 @@ class Distiller:
         groups = getattr(config, "num_hidden_groups", config.num_hidden_layers)
         segments = teacher_segments(teacher.config.num_hidden_layers, groups)
         depth = config.num_hidden_layers // groups
-        # Places in the tuple of hidden states, where 0 is the embedding.
+        # Indices in the tuple of hidden states, where 0 is the embedding.
         self.layer_map = [((group + 1) * depth, segment.stop) for group, segment in enumerate(segments)]
         self.projection = None
-        narrow, wide = sorted((config.hidden_size, teacher.config.hidden_size))
-        if narrow != wide:
-            random = torch.randn(wide, narrow, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-            self.projection = torch.linalg.qr(random).Q.float()  # [wide, narrow]
+        smaller, larger = sorted((config.hidden_size, teacher.config.hidden_size))
+        if smaller != larger:
+            random = torch.randn(larger, smaller, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+            self.projection = torch.linalg.qr(random).Q.float()  # [larger, smaller]
 
     def __call__(self, inputs: dict, outputs, num_items: torch.Tensor | int, num_tokens: int) -> dict:
         """The terms `kl_loss` and `hidden_loss`, scalars.
@@ -114,3 +124,181 @@ class Distiller:
                 difference = (student - teacher).square().mean(dim=-1)
             differences.append(difference.sum())
         return {"kl_loss": kl_loss, "hidden_loss": torch.stack(differences).mean() / num_tokens}
+
+
+class Teacher(nn.Module):
+    """A frozen encoder: the states of its tokens, and one vector per sequence.
+
+    Args:
+        name: Hub name or folder of an encoder of the Auto classes, or of a SentenceTransformer, whose own modules make
+            the vector; of others it is the mean over the tokens.
+        dtype: Of its weights.
+
+    Raises:
+        ImportError: A SentenceTransformer needs sentence-transformers.
+        OSError: There is no such model.
+        ValueError: The model is damaged.
+    """
+
+    def __init__(self, name: str, dtype: str = "auto"):
+        super().__init__()
+        self.sentence_modules = nn.ModuleList()
+        if (Path(name) / "modules.json").is_file():
+            try:
+                from sentence_transformers import SentenceTransformer
+            except ImportError as error:
+                raise ImportError(
+                    f"the teacher '{name}' is a SentenceTransformer; install it with `pip install \".[retrieval]\"`"
+                ) from error
+            modules = SentenceTransformer(name, device="cpu", model_kwargs={"dtype": dtype})
+            self.encoder = modules[0].auto_model
+            self.sentence_modules.extend(list(modules)[1:])
+            self.max_length, self.width = modules.max_seq_length, modules.get_embedding_dimension()
+        else:
+            self.encoder, _ = load_model(AutoModel, name, dtype=dtype)
+            self.max_length, self.width = None, self.encoder.config.hidden_size
+        self.max_length = self.max_length or getattr(self.encoder.config, "max_position_embeddings", None) or 512
+        self.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, chunk_size: int = 32) -> tuple:
+        """States of all tokens and a vector for each sequence, of sequences in rows of their own.
+
+        They run in chunks of similar length, since most encoders compute padding as well.
+
+        Args:
+            input_ids: `[sequences, length]`.
+            attention_mask: 0 at padding.
+            chunk_size: Sequences that run together.
+
+        Returns:
+            `[sequences, length, hidden]`, 0 at padding, and `[sequences, width]`.
+        """
+        states, vectors = None, None
+        lengths = attention_mask.sum(dim=1)
+        for chunk in lengths.argsort().split(chunk_size):
+            length = int(lengths[chunk].max())
+            mask = attention_mask[chunk, :length]
+            hidden = self.encoder(input_ids=input_ids[chunk, :length], attention_mask=mask).last_hidden_state.float()
+            features = {"token_embeddings": hidden, "attention_mask": mask}
+            for module in self.sentence_modules:
+                features = module(features)
+            pooled = features.get("sentence_embedding")
+            if pooled is None:
+                pooled = (hidden * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
+            if states is None:
+                states = hidden.new_zeros(*input_ids.shape, hidden.shape[-1])
+                vectors = pooled.new_zeros(len(input_ids), pooled.shape[-1])
+            states[chunk, :length] = hidden * mask[..., None]
+            vectors[chunk] = pooled.float()
+        return states, vectors
+
+
+class EncoderDistiller:
+    r"""An encoder of any kind as the teacher of last hidden states and of pooled sequences.
+
+    *Hidden states*: `1 - cos` between the teacher's state of a word and the student's, `W h + b` with W and b trained
+    beside the student. With equal tokenizers a word is a token; otherwise it is what white space separates, and its
+    state the mean over its tokens. *Pooled*: `1 - cos` between the teacher's vector of a sequence and the mean of the
+    student's states, projected likewise (by a projection of its own where that vector has another width). Both are sums over the whole batch, divided by its words and sequences. The teacher sees
+    clean text, whatever the student sees masked. Our choice, after sentence-transformers' distillation.
+
+    Args:
+        teacher: Frozen.
+        student: What is trained; the projections become its module `teacher_projections`, so that they are trained and
+            kept in checkpoints.
+    """
+
+    def __init__(self, teacher: Teacher, student: PreTrainedModel):
+        self.teacher = teacher
+        hidden_size = student.config.hidden_size
+        widths = dict.fromkeys([teacher.encoder.config.hidden_size, teacher.width])
+        student.teacher_projections = nn.ModuleList([nn.Linear(hidden_size, width) for width in widths])
+        for projection in student.teacher_projections:
+            nn.init.normal_(projection.weight, std=hidden_size**-0.5)
+            nn.init.zeros_(projection.bias)
+        self.projection, self.pooled_projection = student.teacher_projections[0], student.teacher_projections[-1]
+
+    @staticmethod
+    def count(batch: dict) -> tuple[int, int]:
+        """Words and sequences of a batch, by which the terms are divided."""
+        starts = (batch["position_ids"] == 0) & batch["attention_mask"].bool()
+        words = batch["attention_mask"].sum() if "words" not in batch else batch["words"].max() + 1
+        return int(words), int(starts.sum())
+
+    def __call__(self, inputs: dict, outputs: Any, num_words: int, num_sequences: int) -> dict[str, torch.Tensor]:
+        """The terms `hidden_loss` and `pooled_loss`, scalars.
+
+        Args:
+            inputs: A batch of `AlignedCollator`, with the clean `input_ids` as `clean_ids`.
+            outputs: The student's, with hidden states.
+            num_words: Words of the whole batch of which this may be a part.
+            num_sequences: Its sequences.
+        """
+        real = inputs["attention_mask"].bool()
+        starts = (inputs["position_ids"] == 0) & real
+        sequence_ids = starts.flatten().cumsum(0).view_as(real)[real] - 1  # [tokens]
+        offsets = inputs["position_ids"][real]
+        states = outputs.hidden_states[-1][real]  # [tokens, hidden]
+        student = self.projection(states).float()
+        count = int(starts.sum())
+
+        if "teacher_input_ids" in inputs:
+            teacher_ids, mask = inputs["teacher_input_ids"], inputs["teacher_attention_mask"]
+        else:  # the student's tokens, each sequence in a row of its own
+            shape = (count, int(offsets.max()) + 1)
+            teacher_ids, mask = (inputs["clean_ids"].new_zeros(shape) for _ in range(2))
+            teacher_ids[sequence_ids, offsets] = inputs["clean_ids"][real]
+            mask[sequence_ids, offsets] = 1
+        expected, vectors = self.teacher(teacher_ids, mask)
+
+        if "teacher_input_ids" in inputs:
+            words = int(inputs["words"].max()) + 1
+            found = mean_by_word(student, inputs["words"][real], words)
+            expected = mean_by_word(expected.flatten(0, 1), inputs["teacher_words"].flatten(), words)
+        else:
+            found, expected = student, expected[sequence_ids, offsets]
+        hidden_loss = (1 - F.cosine_similarity(found, expected, dim=-1)).sum() / num_words
+        pooled = self.pooled_projection(mean_by_word(states, sequence_ids, count)).float()
+        pooled_loss = (1 - F.cosine_similarity(pooled, vectors, dim=-1)).sum() / num_sequences
+        return {"hidden_loss": hidden_loss, "pooled_loss": pooled_loss}
+
+
+def mean_by_word(states: torch.Tensor, words: torch.Tensor, count: int) -> torch.Tensor:
+    """Mean of the states of each word.
+
+    Args:
+        states: `[tokens, width]`.
+        words: Number of each token's word, `[tokens]`; -1 for tokens that count nowhere.
+        count: Words.
+
+    Returns:
+        `[count, width]`.
+    """
+    kept = words != NO_WORD
+    counts = torch.bincount(words[kept], minlength=count).clamp(min=1)
+    return states.new_zeros(count, states.shape[-1]).index_add(0, words[kept], states[kept]) / counts[:, None]
+
+
+@torch.no_grad()
+def start_from_table(table: torch.Tensor, student: PreTrainedModel) -> float:
+    """Starts a factorised embedding from a teacher's table of the same tokens: its first principal components.
+
+    Each row becomes its coordinates there, at a standard deviation of 1 over the table, at which a step of AdamW is
+    small. The decoder, tied to the table, keeps the scale of its scores: what projects to it is divided by as much.
+
+    Args:
+        table: `[V, width]`; the student may have more rows, which stay as they are.
+        student: With a masked-LM head.
+
+    Returns:
+        Share of the table's energy (squared singular values, without the mean) that is kept.
+    """
+    embedding = student.get_input_embeddings().weight
+    size = embedding.shape[1]
+    centred = table.to("cpu", torch.float32) - table.to("cpu", torch.float32).mean(dim=0)
+    U, S, _ = torch.linalg.svd(centred, full_matrices=False)
+    rows = U[:, :size] * S[:size]
+    student.decoder_projection.weight *= embedding.std()
+    embedding[: len(rows), : rows.shape[1]] = rows / rows.std()
+    return (S[:size].square().sum() / S.square().sum()).item()

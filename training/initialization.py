@@ -1,4 +1,4 @@
-"""A ModernALBERT that starts from a ModernBERT: its layers, its embedding and, if asked for, its layers as experts.
+"""Initialises a ModernALBERT from a ModernBERT: layers, embedding and, optionally, experts.
 
 ModernBERT's blocks are ModernALBERT's, with the same order of queries, keys, values and of gate and value. What
 differs is how many blocks there are, how wide their feed-forward layers are, and the embedding. Every rule below
@@ -100,10 +100,10 @@ def source_layers(num_teacher_layers: int, num_groups: int, layers: str) -> list
 
 
 def check_fit(teacher_config: ModernBertConfig, config: ModernAlbertConfig, layers: str, experts: str) -> None:
-    """Refuses a pair that cannot share weights.
+    """Refuses a teacher and a student that cannot share weights.
 
     Raises:
-        ValueError: With everything that does not fit.
+        ValueError: They do not fit; the message lists every reason.
     """
     misfits = []
     if layers not in LAYER_RULES:
@@ -129,7 +129,7 @@ def check_fit(teacher_config: ModernBertConfig, config: ModernAlbertConfig, laye
 
 
 def shape_misfits(teacher_config: ModernBertConfig, config: ModernAlbertConfig) -> list[str]:
-    """What keeps the student from taking the teacher's matrices, each with its cure."""
+    """Reasons why the student cannot take the teacher's matrices, each with a remedy."""
     misfits = []
     for name in ("vocab_size", "hidden_size", "num_attention_heads"):
         if getattr(config, name) != getattr(teacher_config, name):
@@ -189,8 +189,8 @@ def initialize_from_teacher(
 ) -> tuple[ModernAlbertForMaskedLM, dict]:
     """Builds a student whose encoder and head start from a teacher's.
 
-    What the teacher has nothing for stays as a new model draws it, from torch's global generator: the router, and
-    neurons beyond twice the teacher's width (their output is 0).
+    Weights without a counterpart in the teacher are initialised as in a new model, from torch's global generator: the
+    router, and neurons beyond twice the teacher's width (their output is 0).
 
     Args:
         teacher: With its masked-LM head; not modified.
@@ -250,7 +250,7 @@ def factorize_embedding(encoder: ModernBertModel, embeddings: ModernAlbertEmbedd
 
     The teacher's embedding is `w * z`, with `z` the normed rows of its table. The student's norm takes the mean and
     the scale from each of its rows, which leaves E - 1 dimensions: `z` is projected on its first E - 1 principal
-    directions, and the coordinates are laid into the space of rows whose mean is 0. Their scale is free; it is that of
+    directions, and the coordinates are embedded in the space of rows whose mean is 0. Their scale is free; it is that of
     the teacher's row, since the decoder, tied to the table, reads it. The projection is the least-squares fit of
     `w * z` on the normed rows, exact where `z` has rank E - 1 or less.
 
@@ -282,7 +282,7 @@ def factorize_embedding(encoder: ModernBertModel, embeddings: ModernAlbertEmbedd
 
 
 def copy_head(teacher: ModernBertForMaskedLM, student: ModernAlbertForMaskedLM) -> dict[str, float]:
-    """Gives the student the teacher's prediction head, and the projection that makes its decoder the closest one.
+    """Copies the teacher's prediction head, and fits the projection so that the decoder is closest to the teacher's.
 
     The teacher scores the head's output g with its decoder `[V, H]`, the student with its table times the projection,
     `[V, E] [E, H]`: the projection is the least-squares fit, in float64.
@@ -308,7 +308,7 @@ def mean_layer(encoder: ModernBertModel, indices: Sequence[int]) -> EffectiveLay
 
 
 def effective_layer(encoder: ModernBertModel, index: int) -> EffectiveLayer:
-    """A teacher layer that reads what norms of weight 1 give.
+    """A teacher layer with the weights of its norms folded into the matrices that read them.
 
     Norms have no bias, so that their weights scale the columns of the matrix that reads them. The first layer has no
     norm before its attention and reads the normed embedding `w * z`; the student's norm takes the scale from it, which
@@ -328,15 +328,15 @@ def effective_layer(encoder: ModernBertModel, index: int) -> EffectiveLayer:
 
 
 def upcast(weight: torch.Tensor) -> torch.Tensor:
-    """A teacher's weight as the student's are: whatever it was loaded in, on the CPU in float32."""
+    """A teacher's weight on the CPU in float32, like the student's."""
     return weight.to("cpu", torch.float32)
 
 
 def widen(first: EffectiveLayer, second: EffectiveLayer, mlp: ModernAlbertMLP) -> tuple[torch.Tensor, torch.Tensor]:
     """Feed-forward matrices of the student's width from two layers of the teacher's, at most as wide.
 
-    As many neurons as there is room for exist twice, from `first` and from `second`, each at half its output: together
-    their mean. Neurons beyond both layers are the student's own, with an output of 0.
+    As many neurons as fit are duplicated, from `first` and from `second`, each at half its output, which gives their
+    mean. Neurons beyond both layers are the student's own, with an output of 0.
 
     Returns:
         `Wi [2I, H]` and `Wo [H, I]` in the student's layout.

@@ -8,19 +8,20 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from ..configuration_modernalbert import ModernAlbertConfig
-from ..routing_modernalbert import shares_of_choices
 from .callbacks import StepClock
-from .data import TokenMasker
-from .distillation import Distiller, packed_inputs
+from .distillation import Distiller, EncoderDistiller, packed_inputs
+from .packing import TokenMasker
+from .trainer import TrainerMixin
 
+
+MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "labels")
 
 # Dense bf16 peaks of the data sheets, in TFLOP/s, by a part of the device's name.
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "L4": 121, "RTX 4090": 165}
 
 
 def peak_flops(device: torch.device, half: bool) -> float:
-    """FLOP/s that a device can do: the data sheet's where it is known, else those of a large matrix product."""
+    """Peak FLOP/s of a device: from its data sheet if known, else measured on a large matrix product."""
     if device.type == "cuda" and half:
         name = torch.cuda.get_device_name(device)
         for part, tflops in PEAK_TFLOPS.items():
@@ -36,39 +37,17 @@ def peak_flops(device: torch.device, half: bool) -> float:
     return 2 * size**3 / best
 
 
-def routing_statistics(
-    router_logits: tuple[torch.Tensor, ...], config: ModernAlbertConfig, attention_mask: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """How a batch was routed, over the depths of each MoL group and all real tokens.
-
-    Args:
-        router_logits: For every executed MoL layer, `[batch, seq, num_experts]`.
-        config: Of the model; what a choice is depends on its router, see [`shares_of_choices`].
-        attention_mask: 0 at padding, `[batch, seq]`.
-
-    Returns:
-        Share of all choices that fell on each expert, `[num_groups, num_experts]`; mean entropy of the router's
-        probabilities, 1 where they are even, `[num_groups]`.
-    """
-    real = attention_mask.bool()
-    logits = torch.stack([layer[real] for layer in router_logits]).float()  # [layers, tokens, experts]
-    log_probabilities = logits.unflatten(0, (len(config.mol_groups), -1)).log_softmax(dim=-1).flatten(1, 2)
-    probabilities = log_probabilities.exp()
-    entropy = -(probabilities * log_probabilities).sum(-1).mean(1) / torch.tensor(logits.shape[-1]).log()
-    return shares_of_choices(probabilities, config).mean(dim=1), entropy
-
-
-class PretrainingTrainer(Trainer):
+class PretrainingTrainer(TrainerMixin, Trainer):
     """Masked-language modelling on packed rows, with or without a teacher.
 
-    Masks are drawn here, for a row of the global batch of a step: they are the same whatever the micro-batches, the
-    number of processes, or the number of times that the run was resumed. Each term of the loss is a sum divided by a
-    count over the whole batch, so that gradient accumulation and data parallelism give the gradient of one large batch.
+    Masks are drawn here, for each row of the global batch of a step, so they do not depend on micro-batches, the number
+    of processes, or resuming. Each loss term is a sum divided by a count over the whole batch, so that gradient
+    accumulation and data parallelism give the gradient of one large batch.
 
     Args:
         masker: Masks the training rows; evaluation rows come masked.
         distiller: Adds a teacher's terms.
-        mlm_weight, kl_weight, hidden_weight: Weights of the loss terms.
+        mlm_weight, kl_weight, hidden_weight, pooled_weight: Weights of the loss terms.
         decay_steps: Last steps of the warmup-stable-decay schedule, in which the rate falls as `1 - sqrt`; below 1, a
             share of the run.
         **kwargs: As for `Trainer`.
@@ -78,17 +57,23 @@ class PretrainingTrainer(Trainer):
         self,
         *args,
         masker: TokenMasker,
-        distiller: Distiller | None = None,
+        distiller: Distiller | EncoderDistiller | None = None,
         mlm_weight: float = 1.0,
         kl_weight: float = 1.0,
         hidden_weight: float = 1.0,
+        pooled_weight: float = 1.0,
         decay_steps: float = 0.1,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
         self.masker = masker
         self.distiller = distiller
-        self.mlm_weight, self.kl_weight, self.hidden_weight = mlm_weight, kl_weight, hidden_weight
+        self.weights = {
+            "mlm_loss": mlm_weight,
+            "kl_loss": kl_weight,
+            "hidden_loss": hidden_weight,
+            "pooled_loss": pooled_weight,
+        }
         self.decay_steps = decay_steps
         if distiller is not None:
             distiller.teacher.to(self.args.device)
@@ -116,15 +101,19 @@ class PretrainingTrainer(Trainer):
                 self.args.lr_scheduler_kwargs = given
         return super().create_scheduler(num_training_steps, optimizer)
 
+    # The only method of Trainer that sees all micro-batches of a step. Not documented; seen in transformers 5.17 to 5.24.
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         self.step_start = time.perf_counter()
         batches, num_items = super().get_batch_samples(self.mask_batches(epoch_iterator), num_batches, device)
-        # Real tokens, and the sum of the squared lengths of their texts: attention's share of the work.
-        counts = torch.zeros(2, dtype=torch.long, device=device)
+        # Real tokens, the sum of the squared lengths of their sequences (attention's share of the work), and what the
+        # terms of an encoder as the teacher are divided by.
+        counts = torch.zeros(4, dtype=torch.long, device=device)
         for batch in batches:
-            places = batch["position_ids"][batch["attention_mask"].bool()].to(device)
-            counts += torch.stack([torch.tensor(len(places), device=device), (2 * places + 1).sum()])
-        self.tokens_in_batch, squares = self.accelerator.reduce(counts, "sum").tolist()
+            positions = batch["position_ids"][batch["attention_mask"].bool()].to(device)
+            compared = EncoderDistiller.count(batch) if isinstance(self.distiller, EncoderDistiller) else (0, 0)
+            counts += torch.tensor([len(positions), int((2 * positions + 1).sum()), *compared], device=device)
+        counts = self.accelerator.reduce(counts, "sum").tolist()
+        self.tokens_in_batch, squares, self.words_in_batch, self.sequences_in_batch = counts
         self.window_tokens += self.tokens_in_batch
         self.window_squares += squares
         self.terms_steps += 1
@@ -132,51 +121,59 @@ class PretrainingTrainer(Trainer):
         return batches, num_items if num_items is None else num_items.clamp(min=1)
 
     def mask_batches(self, batches: Iterable[dict]) -> Iterator[dict]:
-        """The micro-batches of a step, masked; a row's key is the step and its place in the global batch."""
+        """The micro-batches of a step, masked; a row's key is the step and its index in the global batch."""
         for index, batch in enumerate(batches):
             first = (index * self.args.world_size + self.args.process_index) * self.args.train_batch_size
             keys = [(1 + self.state.global_step, first + row) for row in range(len(batch["input_ids"]))]
             input_ids, labels = self.masker(batch["input_ids"], keys)
-            yield {**batch, "input_ids": input_ids, "labels": labels}
+            yield {**batch, "input_ids": input_ids, "labels": labels, "clean_ids": batch["input_ids"]}
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
-        rows = packed_inputs(self.model, inputs)
+        rows = packed_inputs(self.model, {name: inputs[name] for name in MODEL_INPUTS if name in inputs})
         if not self.model.training:
-            return super().compute_loss(model, rows, return_outputs, num_items_in_batch)
+            return self.compute_evaluation_loss(model, rows, inputs, return_outputs, num_items_in_batch)
         config = self.model.config
-        routed = getattr(config, "has_router", False)
-        asked = {"output_router_logits": True} if routed else {}
-        asked |= {"output_hidden_states": True} if self.distiller is not None else {}
+        asked = {"output_hidden_states": True} if self.distiller is not None else {}
         # Trainer multiplies the loss by the number of processes, over which gradients are averaged.
         scale = self.accelerator.num_processes
         mlm_loss, outputs = super().compute_loss(model, {**rows, **asked}, True, num_items_in_batch)
         weighted = {}
-        if routed:
-            share = (inputs["labels"] != -100).sum() / num_items_in_batch
-            self.terms["aux_loss"] += scale * share * outputs.aux_loss.detach()
-            balancing = config.router_aux_loss_coef * scale * share * outputs.aux_loss
-            mlm_loss = mlm_loss - balancing
-            weighted["balancing"] = balancing
-            self.record_routing(outputs.router_logits, inputs["attention_mask"])
-        self.terms["mlm_loss"] += mlm_loss.detach()
-        weighted["mlm_loss"] = self.mlm_weight * mlm_loss
+        if self.routed:
+            labelled = (inputs["labels"] != -100).sum() / num_items_in_batch
+            mlm_loss = mlm_loss - config.router_aux_loss_coef * scale * labelled * outputs.aux_loss
+            # A step may have no masked token, but never no token.
+            share = inputs["attention_mask"].sum() / self.tokens_in_batch
+            weighted["balancing"] = config.router_aux_loss_coef * scale * share * outputs.aux_loss
+        terms = {"mlm_loss": mlm_loss}
         if self.distiller is not None:
-            for name, term in self.distiller(inputs, outputs, num_items_in_batch, self.tokens_in_batch).items():
-                self.terms[name] += scale * term.detach()
-                weighted[name] = getattr(self, name.replace("_loss", "_weight")) * scale * term
+            counts = (num_items_in_batch, self.tokens_in_batch)
+            if isinstance(self.distiller, EncoderDistiller):
+                counts = (self.words_in_batch, self.sequences_in_batch)
+            terms |= {name: scale * term for name, term in self.distiller(inputs, outputs, *counts).items()}
+        for name, term in terms.items():
+            self.terms[name] += term.detach()
+            weighted[name] = self.weights[name] * term
         loss = sum(weighted.values())
         return (loss, outputs) if return_outputs else loss
 
-    def record_routing(self, router_logits: tuple[torch.Tensor, ...], attention_mask: torch.Tensor) -> None:
-        """Adds a micro-batch's routing statistics, weighted by its tokens, to the terms."""
-        config = self.model.config
-        with torch.no_grad():
-            load, entropy = routing_statistics(router_logits, config, attention_mask)
-            weight = self.accelerator.num_processes * attention_mask.sum() / self.tokens_in_batch
-        for index, group in enumerate(sorted(config.mol_groups)):
-            self.terms[f"router_entropy/group_{group}"] += weight * entropy[index]
-            for expert in range(config.num_experts):
-                self.terms[f"expert_load/group_{group}/expert_{expert}"] += weight * load[index, expert]
+    def compute_evaluation_loss(self, model, rows: dict, inputs: dict, return_outputs: bool, num_items_in_batch):
+        """The masked-LM loss or, where no sequence is masked in training, the weighted terms of the teacher."""
+        if self.masker.masked_share > 0 or not isinstance(self.distiller, EncoderDistiller):
+            return super().compute_loss(model, rows, return_outputs, num_items_in_batch)
+        outputs = model(**rows, output_hidden_states=True)
+        inputs = {**inputs, "clean_ids": inputs["input_ids"]}
+        terms = self.distiller(inputs, outputs, *EncoderDistiller.count(inputs))
+        loss = sum(self.weights[name] * term for name, term in terms.items())
+        return (loss, outputs) if return_outputs else loss
+
+    def save_model(self, *args, **kwargs) -> None:
+        """Saves without `sparse_prediction`, so that the head of the saved model runs at all positions."""
+        sparse = self.model.config.sparse_prediction
+        self.model.config.sparse_prediction = False
+        try:
+            super().save_model(*args, **kwargs)
+        finally:
+            self.model.config.sparse_prediction = sparse
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self.terms_steps:
@@ -184,13 +181,13 @@ class PretrainingTrainer(Trainer):
         super().log(logs, start_time)
 
     def drain(self) -> dict[str, float]:
-        """What was seen since the last log, over all processes."""
+        """Means and totals since the last log, over all processes."""
         means = self.accelerator.reduce(torch.stack(list(self.terms.values())), "mean") / self.terms_steps
         figures = dict(zip(self.terms, means.tolist(), strict=True))
         figures["tokens"] = self.state.num_input_tokens_seen
         figures["tokens_per_second"] = self.window_tokens / self.window_seconds
         if hasattr(self.model.config, "estimate_flops"):
-            # A text of length n costs attention n keys a token: the mean over tokens is sum n^2 / sum n.
+            # A token of a sequence of length n attends to n keys: the mean over tokens is sum n^2 / sum n.
             length = self.window_squares / self.window_tokens
             flops = self.model.config.estimate_flops(length, labelled=self.masker.probability, training=True)
             figures["mfu"] = flops * figures["tokens_per_second"] / self.peak_flops

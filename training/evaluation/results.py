@@ -1,17 +1,17 @@
-"""What a fine-tuning or evaluation run leaves: scores, and everything that they depend on; and means over several."""
+"""Results of fine-tuning and evaluation runs: scores, everything that they depend on, and means over several runs."""
 
-import hashlib
-import json
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..export.cards import clean, environment
-from ..runs import RESULTS_NAME, check_output_dir, same_run, write_text
+from ..export.cards import environment
+from ..export.redaction import redact
+from ..reports.tables import markdown_table
+from ..runs import RESULTS_NAME, write_json
 
 
 def write_results(
@@ -26,16 +26,16 @@ def write_results(
     settings: dict[str, Any],
     details: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Writes `results.json`, whole or not at all.
+    """Writes `results.json`, atomically.
 
     Args:
         output_dir: Folder of the run.
-        task: What was measured, for example `"mrpc"`, `"squad_v2"` or `"scifact"`.
-        model_name: Hub name or folder of the model that the run started from; of a folder the last name is kept.
+        task: Name of the task, for example `"mrpc"`, `"squad_v2"` or `"scifact"`.
+        model_name: Hub name or folder of the model that the run started from; only the last name of a folder is kept.
         model: The model that was measured.
-        scores: Name to value, as the task's official metrics give them, from 0 to 1; the first is the main one.
-        data: What was read: sources, rows, and the [`~training.data.fingerprint`] of each part.
-        seed: Of the run.
+        scores: Scores by name, from 0 to 1; the first is the main one.
+        data: Source, number of rows and [`~training.data.fingerprint`] of each split.
+        seed: Seed of the run.
         settings: Arguments that the scores depend on.
         details: Anything else, by name.
 
@@ -44,59 +44,22 @@ def write_results(
     """
     results = {
         "task": task,
-        "model": clean(model_name),
+        "model": redact(model_name),
         "model_type": model.config.model_type,
         "parameters": model.num_parameters(),
         "scores": scores,
         "seeds": [seed],
-        "data": clean(data),
-        "settings": clean(settings),
+        "data": redact(data),
+        "settings": redact(settings),
         "details": details or {},
         "environment": environment(),
     }
-    write_text(Path(output_dir) / RESULTS_NAME, json.dumps(results, indent=1, default=str))
+    write_json(Path(output_dir) / RESULTS_NAME, results, default=str)
     return results
 
 
-def describe_model(name: str) -> str:
-    """Name on the Hub; of a folder its last name and a hash of its weights, so that another model is not taken for it."""
-    if not (folder := Path(name)).is_dir():
-        return name
-    digest = hashlib.sha256()
-    for pattern in ("*.safetensors", "*.bin", "[0-9]_*/*.safetensors"):  # the last of modules of sentence-transformers
-        for path in sorted(folder.glob(pattern)):
-            digest.update(path.read_bytes())
-    return f"{folder.resolve().name} {digest.hexdigest()[:16]}"
-
-
-def read_finished(folder: str | Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """What a finished run wrote; else None, and the folder is ready for the run, or for more of it.
-
-    Raises:
-        ValueError: The folder holds a run, or checkpoints of one, with other settings.
-    """
-    folder = Path(folder)
-    if not (folder / RESULTS_NAME).exists():
-        check_output_dir(folder)
-        same_run(folder, settings)
-        return None
-    path = folder / "arguments.json"
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    changed = [
-        f"{name}: {before.get(name)!r} before, {value!r} now"
-        for name, value in json.loads(json.dumps(settings)).items()
-        if before.get(name) != value
-    ]
-    if changed:
-        raise ValueError(
-            f"'{folder}' holds a finished run with other settings ({'; '.join(changed)}); choose another `output_dir` "
-            "or remove it"
-        )
-    return json.loads((folder / RESULTS_NAME).read_text(encoding="utf-8"))
-
-
 def choose_rate(runs: Iterable[dict[str, Any]]) -> tuple[float | None, list[dict[str, Any]]]:
-    """The learning rate whose mean main score over the seeds is best, on the rows that are reported, and its runs."""
+    """The learning rate with the best mean main score over the seeds, on the validation rows, and its runs."""
     by_rate = defaultdict(list)
     for results in runs:
         by_rate[results["settings"].get("learning_rate")].append(results)
@@ -107,10 +70,10 @@ def choose_rate(runs: Iterable[dict[str, Any]]) -> tuple[float | None, list[dict
 
 
 def summarise(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What `results.json` says of several runs of a task: means over the seeds, at the best learning rate.
+    """Results of several runs of a task: means over the seeds, at the best learning rate.
 
-    Under `details` are the standard deviations (`std`, None of a single seed), the scores of each seed (`by_seed`), and
-    those of every run.
+    `details` holds the standard deviations (`std`, None for a single seed), the scores of each seed (`by_seed`), and the
+    scores of every run.
     """
     rate, chosen = choose_rate(runs)
     first = chosen[0]
@@ -121,6 +84,10 @@ def summarise(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for name in ("milliseconds_per_row", "merged_milliseconds_per_row"):
         if name in first["details"]:
             details[name] = statistics.mean(results["details"][name] for results in chosen)
+    for name, values in first["details"].items():  # one score per query
+        if name.endswith(" of queries"):
+            by_run = [results["details"][name] for results in chosen]
+            details[name] = {query: statistics.mean(scores[query] for scores in by_run) for query in values}
     details |= {
         "learning_rate": rate,
         "learning_rates": sorted({results["settings"].get("learning_rate") for results in runs}, key=str),
@@ -145,7 +112,7 @@ def summarise(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def deviations(by_seed: dict[str, list[float]]) -> dict[str, float | None]:
-    """Sample standard deviation of each score; None of a single seed."""
+    """Sample standard deviation of each score; None for a single seed."""
     return {name: statistics.stdev(values) if len(values) > 1 else None for name, values in by_seed.items()}
 
 
@@ -154,5 +121,40 @@ def common(settings: Sequence[dict[str, Any]], *without: str) -> dict[str, Any]:
     return {
         name: value
         for name, value in settings[0].items()
-        if name not in without and all(each.get(name) == value for each in settings)
+        if name not in without and all(other.get(name) == value for other in settings)
     }
+
+
+def to_markdown(results: dict[str, Any], metrics: Mapping[str, str]) -> str:
+    """The content of `results.md`: a table, and notes on it.
+
+    Args:
+        results: Results of a run, or a summary of several.
+        metrics: Main metric of each task of the command.
+    """
+    std, baselines = results["details"].get("std", {}), results["details"].get("baselines", {})
+    rows = [
+        [
+            f"{name} ({metrics[name]})" if name in metrics else name,
+            format_score(score, std.get(name)),
+            *(format_score(figures.get(name)) for figures in baselines.values()),
+        ]
+        for name, score in results["scores"].items()
+    ]
+    notes = [f"{results['model']}, {results['parameters']:,} parameters; seeds {results['seeds']}, in percent."]
+    if len(results["seeds"]) > 1:
+        notes.append("±: standard deviation over the seeds.")
+    notes += results["details"].get("notes", [])
+    details = results["details"].get("tasks", {"": results["details"]})
+    if any(len(facts.get("learning_rates", ())) > 1 for facts in details.values()):
+        notes.append("Learning rates were chosen on the rows that the scores are of.")
+    if results["settings"].get("load_best_model_at_end"):
+        notes.append("Checkpoints were chosen on the rows that the scores are of.")
+    return markdown_table(["score", results["model"], *baselines], rows) + "\n" + "\n".join(notes) + "\n"
+
+
+def format_score(mean: float | None, std: float | None = None) -> str:
+    """`91.3 ± 0.4`, in percent."""
+    if mean is None:
+        return ""
+    return f"{100 * mean:.1f}" + (f" ± {100 * std:.1f}" if std is not None else "")

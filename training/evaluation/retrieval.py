@@ -1,10 +1,9 @@
-"""Retrieval on sets in BEIR's format: reading, encoding that resumes, exact search in chunks, BM25, trec_eval's scores."""
+"""Retrieval on data sets in BEIR's format: reading, resumable encoding, exact search in chunks, BM25, trec_eval's scores."""
 
-import csv
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,13 +13,15 @@ import numpy as np
 import pytrec_eval
 import torch
 from datasets import Dataset, Features, Value, load_dataset
+from datasets.exceptions import DatasetGenerationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sklearn.feature_extraction.text import CountVectorizer
 from tqdm.auto import tqdm
 
-from ..data import fingerprint
+from ..data import fingerprint, read_file
+from ..export.redaction import redact
 from ..runs import write_files
 
 
@@ -28,10 +29,10 @@ logger = logging.getLogger(__name__)
 
 TOP_K = 1000  # BEIR's: how many documents of each query are scored
 
-# Our names, which are mteb's, to trec_eval's. `map` and `mrr` end at `TOP_K`.
+# mteb's names, which are ours, to trec_eval's. `map` and `mrr` are cut at `TOP_K`.
 MEASURES = {"ndcg_at_10": "ndcg_cut_10", "map": "map", "recall_at_100": "recall_100", "mrr": "recip_rank"}
 
-TEXTS = Features({"_id": Value("string"), "text": Value("string")})
+TEXTS = Features({"_id": Value("string"), "text": Value("large_string")})
 
 
 @dataclass(frozen=True)
@@ -39,43 +40,49 @@ class RetrievalSet:
     """Documents, and the queries of one split with their judgements.
 
     Attributes:
-        corpus: Columns `_id` and `text`, the latter with the title in front; on disk, as `datasets` keeps it.
-        queries: Id to text, of those that have judgements.
+        corpus: Columns `_id` and `text`, title included; memory-mapped by `datasets`.
+        queries: Id to text; queries without judgements are left out.
         qrels: Query to document to relevance; above 0 is relevant.
-        facts: What was read, for the results.
+        judged: One row per query: `query`, and its judgements as JSON.
+        facts: Source, split and counts, for the results.
     """
 
     corpus: Dataset
     queries: dict[str, str]
     qrels: dict[str, dict[str, int]]
+    judged: Dataset
     facts: dict[str, Any]
 
 
-def load_retrieval(source: str, split: str) -> RetrievalSet:
+def load_retrieval(source: str, split: str, limit: int | None = None) -> RetrievalSet:
     """Reads a set of the Hub in BEIR's layout (`BeIR/scifact`), or a folder.
 
     A folder holds `corpus` (`_id`, `text`, maybe `title`), `queries` (`_id`, `text`), and `qrels/SPLIT` or
     `qrels_SPLIT` (`query-id`, `corpus-id`, `score`), each as parquet, jsonl or, judgements, tsv with a header.
 
     The rules are BEIR's. A document is its title, a space and its text. Queries without judgements are left out; those
-    whose judgements are all 0 score 0. Empty texts are encoded as they are, and documents that judgements name and the
-    corpus lacks count as not found. Of each of these the number is logged.
+    whose judgements are all 0 score 0. Empty texts are encoded as they are. Documents that are judged but not in the
+    corpus count as not found. The log says how many of each there are.
 
     Args:
         source: Name on the Hub, or folder.
-        split: Of the judgements.
+        split: Split of the judgements.
+        limit: Number of queries to take; None: all.
 
     Raises:
         FileNotFoundError: A file of the folder is missing.
-        ValueError: A column or an id is missing, an id occurs twice, a relevance is no integer, or there is nothing.
+        ValueError: A column or an id is missing, an id occurs twice, a text is not a string, a relevance is not an
+            integer, a pair is judged twice, or there are no rows.
     """
+    names = ("corpus", "queries")
     if Path(source).is_dir():
-        corpus, queries = (read_rows(source, [name], ("_id", "title", "text")) for name in ("corpus", "queries"))
-        judgements = read_rows(source, [f"qrels/{split}", f"qrels_{split}"], ("query-id", "corpus-id", "score"))
+        corpus, queries = (join_texts(find_file(source, [name]), f"{name} of '{source}'") for name in names)
+        judgements = [row for _, row in read_file(find_file(source, [f"qrels/{split}", f"qrels_{split}"]))]
     else:
-        corpus, queries = (load_dataset(source, name, split=name) for name in ("corpus", "queries"))
+        corpus, queries = (
+            join_texts(load_dataset(source, name, split=name), f"{name} of '{source}'") for name in names
+        )
         judgements = load_dataset(f"{source}-qrels", split=split)
-    corpus, queries = join_texts(corpus, f"corpus of '{source}'"), join_texts(queries, f"queries of '{source}'")
     texts = dict(zip(queries["_id"], queries["text"], strict=True))
     qrels = read_judgements(judgements, f"judgements '{split}' of '{source}'")
     if unknown := [query for query in qrels if query not in texts]:
@@ -83,6 +90,7 @@ def load_retrieval(source: str, split: str) -> RetrievalSet:
             f"judgements '{split}' of '{source}' name {len(unknown)} queries that have no text, the first '{unknown[0]}'; "
             "are they of another set?"
         )
+    qrels = dict(islice(qrels.items(), limit))
     documents = set(corpus["_id"])
     counts = {
         "documents": len(corpus),
@@ -96,124 +104,136 @@ def load_retrieval(source: str, split: str) -> RetrievalSet:
         ),
     }
     logger.info("%s, %s: %s", source, split, ", ".join(f"{count} {name}" for name, count in counts.items() if count))
+    if counts["documents"] == counts["empty documents"]:
+        raise ValueError(f"all {counts['documents']} documents of '{source}' are empty")
     if counts["judgements"] == counts["judgements of documents that the corpus lacks"]:
         raise ValueError(f"the corpus of '{source}' has none of the documents that judgements '{split}' name")
     judged = Dataset.from_dict(
         {"query": [texts[query] for query in qrels], "found": list(map(json.dumps, qrels.values()))}
     )
-    prints = f"{fingerprint(corpus)}-{fingerprint(judged)}"
-    facts = {"source": source, "split": split, **counts, "fingerprint": prints}
-    return RetrievalSet(corpus, {query: texts[query] for query in qrels}, qrels, facts)
+    hashes = f"{fingerprint(corpus)}-{fingerprint(judged)}"
+    facts = {"source": redact(source), "split": split, **counts, "fingerprint": hashes}
+    return RetrievalSet(corpus, {query: texts[query] for query in qrels}, qrels, judged, facts)
 
 
-def read_rows(folder: str | Path, names: Sequence[str], columns: Sequence[str]) -> Dataset | list[dict[str, str]]:
-    """Rows of the first file that exists, of those named, with any of the endings.
+def find_file(folder: str | Path, names: Sequence[str]) -> Path:
+    """The file that exists among the names, with any of the endings.
 
     Raises:
         FileNotFoundError: There is none.
-        ValueError: A line is no JSON object, or lacks a column.
+        ValueError: There are several.
     """
     candidates = [f"{name}.{ending}" for name in names for ending in ("parquet", "jsonl", "tsv")]
-    path = next((path for name in candidates if (path := Path(folder) / name).is_file()), None)
-    if path is None:
+    found = [path for name in candidates if (path := Path(folder) / name).is_file()]
+    if not found:
         raise FileNotFoundError(
             f"'{folder}' has no {', '.join(candidates)}; one of these must be there (BEIR's layout)"
         )
-    if path.suffix == ".parquet":
-        return load_dataset("parquet", data_files=str(path), split="train")
-    if path.suffix == ".tsv":
-        with path.open(newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file, delimiter="\t"))
-
-    def parse(batch):
-        try:
-            rows = [{"title": None, **json.loads(line)} for line in batch["text"] if line.strip()]
-            return {column: [None if row[column] is None else str(row[column]) for row in rows] for column in columns}
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"'{path}' has a line that is no JSON object ({error}); mend or drop it") from error
-        except KeyError as error:
-            raise ValueError(f"'{path}' has a line without {error}; mend or drop it") from error
-
-    # The `json` reader of `datasets` makes a column of every key of `metadata`, of which some sets have thousands.
-    lines = load_dataset("text", data_files=str(path), split="train")
-    strings = Features({column: Value("string") for column in columns})
-    return lines.map(parse, batched=True, remove_columns=["text"], features=strings, desc=f"Reading {path.name}")
+    if len(found) > 1:
+        there = ", ".join(path.relative_to(folder).as_posix() for path in found)
+        raise ValueError(f"'{folder}' has {there}, of which one alone may be there; remove the others")
+    return found[0]
 
 
-def join_texts(rows: Dataset | list[dict], what: str) -> Dataset:
-    """Columns `_id` and `text`, both strings, the latter with the title in front.
+def join_texts(rows: Path | Dataset, what: str) -> Dataset:
+    """Columns `_id` and `text`, both strings, title included; memory-mapped by `datasets`.
 
     Raises:
-        ValueError: There are no rows, a column or an id is missing, or an id occurs twice.
+        ValueError: There are no rows; a column or an id is missing; an id occurs twice; or a text is not a string.
     """
-    rows = rows if isinstance(rows, Dataset) else Dataset.from_list(rows)
-    check_columns(rows.column_names, ("_id", "text"), len(rows), what)
+    stamp = (rows.stat().st_size, rows.stat().st_mtime_ns) if isinstance(rows, Path) else None
+    try:
+        return Dataset.from_generator(
+            generate_texts, features=TEXTS, gen_kwargs={"rows": rows, "what": what, "stamp": stamp}
+        )
+    except DatasetGenerationError as error:
+        raise error.__cause__ or error from error
 
-    def join(batch):
-        titles = batch.get("title", [None] * len(batch["_id"]))
-        texts = [f"{title or ''} {text or ''}".strip() for title, text in zip(titles, batch["text"], strict=True)]
-        return {"_id": [None if name is None else str(name) for name in batch["_id"]], "text": texts}
 
-    joined = rows.map(join, batched=True, remove_columns=rows.column_names, features=TEXTS, desc=f"Reading {what}")
-    seen = set()
-    for place, name in enumerate(joined["_id"]):
+def generate_texts(rows: Path | Dataset, what: str, stamp: tuple | None) -> Iterator[dict[str, str]]:
+    """Rows for [`join_texts`]. Other columns are dropped: `metadata` has thousands of keys in some data sets."""
+    read = (row for _, row in read_file(rows)) if isinstance(rows, Path) else iter(rows)
+    seen = {}
+    for index, row in enumerate(read):
+        check_columns(row, ("_id", "text"), what)
+        name, parts = read_id(row["_id"]), [row.get("title"), row["text"]]
         if name is None or name in seen:
-            fault = "no '_id'" if name is None else f"the '_id' of an earlier one, '{name}'"
-            raise ValueError(f"row {place} of the {what} has {fault}; mend or drop that row")
-        seen.add(name)
-    return joined
+            fault = f"{row['_id']!r} as '_id'" if name is None else f"the '_id' of row {seen[name]}, '{name}'"
+            raise ValueError(
+                f"row {index} of the {what} has {fault}, expected an id of its own, a text or a whole number; correct or "
+                "drop that row"
+            )
+        if odd := [part for part in parts if not isinstance(part, str | None)]:
+            raise ValueError(f"row {index} of the {what} has {odd[0]!r} as a text, expected a string; fix that row")
+        seen[name] = index
+        yield {"_id": name, "text": " ".join(part or "" for part in parts).strip()}
+    if not seen:
+        raise ValueError(f"there are no rows in the {what}")
 
 
-def read_judgements(rows: Dataset | list[dict], what: str) -> dict[str, dict[str, int]]:
+def read_id(value: Any) -> str | None:
+    """An id as a string; None if the value cannot be an id."""
+    return str(value) if isinstance(value, str | int) and not isinstance(value, bool) and value != "" else None
+
+
+def read_judgements(rows: Iterable[Mapping[str, Any]], what: str) -> dict[str, dict[str, int]]:
     """Query to document to relevance.
 
     Raises:
-        ValueError: There are no rows, a column is missing, or a relevance is no integer.
+        ValueError: There are no rows, a column is missing, a relevance is not an integer, or a pair has two.
     """
-    names = rows.column_names if isinstance(rows, Dataset) else list(rows[0] if rows else ())
     columns = ("query-id", "corpus-id", "score")
-    check_columns(names, columns, len(rows), what)
-    qrels = {}
-    for place, row in enumerate(rows):
-        query, document, score = (row[column] for column in columns)
+    qrels, count = {}, 0
+    for index, row in enumerate(rows):
+        check_columns(row, columns, what)
+        query, document, score = read_id(row["query-id"]), read_id(row["corpus-id"]), row["score"]
         try:
             relevance = int(score)
-            if query is None or document is None or relevance != float(score):
+            if query is None or document is None or isinstance(score, bool) or relevance != float(score):
                 raise ValueError
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
+            given = ", ".join(repr(row[column]) for column in columns)
+            raise ValueError(f"row {index} of the {what} is {given}; expected two ids and an integer") from None
+        before = qrels.setdefault(query, {}).setdefault(document, relevance)
+        if before != relevance:
             raise ValueError(
-                f"row {place} of the {what} is {query!r}, {document!r}, {score!r}; expected two ids and an integer"
-            ) from None
-        qrels.setdefault(str(query), {})[str(document)] = relevance
+                f"row {index} of the {what} judges query '{query}' and document '{document}' as {relevance}, an earlier row "
+                f"as {before}; keep one of them"
+            )
+        count += 1
+    if count == 0:
+        raise ValueError(f"there are no rows in the {what}")
+    if repeated := count - sum(map(len, qrels.values())):
+        logger.warning("the %s repeat %d pairs, with the same relevance", what, repeated)
     return qrels
 
 
-def check_columns(names: Sequence[str], expected: Sequence[str], num_rows: int, what: str) -> None:
-    """Sees that there are rows with the expected columns.
+def check_columns(row: Mapping[str, Any], expected: Sequence[str], what: str) -> None:
+    """Checks that a row has the expected columns.
 
     Raises:
-        ValueError: There are none.
+        ValueError: A column is missing.
     """
-    if num_rows == 0:
-        raise ValueError(f"the {what} have no rows")
-    if missing := [name for name in expected if name not in names]:
-        raise ValueError(f"the {what} lack {', '.join(map(repr, missing))}; they have {', '.join(map(repr, names))}")
+    if missing := [name for name in expected if name not in row]:
+        raise ValueError(
+            f"a row of the {what} lacks {', '.join(map(repr, missing))}; it has {', '.join(map(repr, row))}"
+        )
 
 
 def make_pairs(data: RetrievalSet) -> Dataset:
-    """Each query with each of its relevant documents, in columns `query` and `document`; empty ones are left out.
+    """Each query with each of its relevant documents, in columns `query` and `document`; empty texts are left out.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There are no pairs.
     """
-    places = {name: place for place, name in enumerate(data.corpus["_id"])}
+    indices = {name: index for index, name in enumerate(data.corpus["_id"])}
     relevant = [
-        (query, places[document])
+        (query, indices[document])
         for query, found in data.qrels.items()
         for document, relevance in found.items()
-        if relevance > 0 and document in places
+        if relevance > 0 and document in indices
     ]
-    documents = data.corpus.select([place for _, place in relevant])["text"]
+    documents = data.corpus.select([index for _, index in relevant])["text"]
     pairs = [
         {"query": data.queries[query], "document": document}
         for (query, _), document in zip(relevant, documents, strict=True)
@@ -225,15 +245,15 @@ def make_pairs(data: RetrievalSet) -> Dataset:
 
 
 def encode_texts(model: SentenceTransformer, texts: list[str], kind: str, batch_size: int) -> torch.Tensor:
-    """Embeddings in float32, whose dot product is the model's similarity, with the model's prompt for the kind of text.
+    """Embeddings in float32 whose dot product is the model's similarity; the model's prompt for the kind is prepended.
 
-    sentence-transformers sorts the texts by length, and restores the order.
+    sentence-transformers sorts the texts by length and restores the order.
 
     Args:
-        model: Whose similarity is the cosine or the dot product.
+        model: Its similarity is the cosine or the dot product.
         texts: Queries or documents.
         kind: `"query"` or `"document"`.
-        batch_size: Texts of a batch.
+        batch_size: Texts per batch.
 
     Raises:
         ValueError: The model has another similarity, or an embedding is not finite.
@@ -259,20 +279,20 @@ def encode_texts(model: SentenceTransformer, texts: list[str], kind: str, batch_
 def encode_corpus(
     model: SentenceTransformer, corpus: Dataset, folder: str | Path, batch_size: int, shard_size: int = 2048
 ) -> list[Path]:
-    """Writes embeddings of the documents, in their order, as shards; finished ones are not encoded again.
+    """Writes embeddings of the documents, in their order, as shards; finished shards are not encoded again.
 
-    A shard knows what it was made from: of another model, prompt or text it is made anew. Each is a safetensors file
-    with one tensor, `embeddings`, written whole or not at all.
+    A shard stores a hash of the model, its prompts and the texts; it is encoded again when that changes. Each is a
+    safetensors file with one tensor, `embeddings`, written atomically.
 
     Args:
         model: See [`encode_texts`].
         corpus: Column `text`.
-        folder: Where the shards are.
-        batch_size: Texts of a batch.
-        shard_size: Documents of a shard, which are in memory together, and are sorted by length together.
+        folder: Folder of the shards.
+        batch_size: Texts per batch.
+        shard_size: Documents per shard; one shard is in memory at a time, and is sorted by length as a whole.
 
     Returns:
-        The shards.
+        Paths of the shards.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -292,7 +312,7 @@ def encode_corpus(
 
 
 def hash_model(model: SentenceTransformer) -> str:
-    """Of everything that embeddings depend on: weights, modules, prompts, and where texts are cut."""
+    """Hash of everything that embeddings depend on: weights, modules, prompts, and the maximum length."""
     state = hashlib.sha256(repr((str(model), model.prompts, model.max_seq_length)).encode())
     for name, tensor in model.state_dict().items():
         state.update(name.encode())
@@ -301,12 +321,12 @@ def hash_model(model: SentenceTransformer) -> str:
 
 
 def write_shard(path: Path, embeddings: torch.Tensor, key: str) -> None:
-    """Writes a shard and what it was made from."""
+    """Writes a shard with its key as metadata."""
     write_files(path.parent, lambda draft: save_file({"embeddings": embeddings}, draft / path.name, {"key": key}))
 
 
 def read_key(path: Path) -> str | None:
-    """What a shard was made from; None where there is none that can be read."""
+    """Key of a shard; None if there is no readable one."""
     try:
         with safe_open(path, "pt") as file:
             return file.metadata()["key"]
@@ -322,46 +342,46 @@ def read_shards(shards: Iterable[Path]) -> Iterator[torch.Tensor]:
 def search(
     queries: torch.Tensor, chunks: Iterable[torch.Tensor], top_k: int, block_size: int = 1024
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The documents with the largest dot products, of which only one chunk is in memory at a time.
+    """The documents with the largest dot products; only one chunk of documents is in memory at a time.
 
     `sentence_transformers.util.semantic_search` takes all documents at once. Among equal scores the earlier document
-    goes first, whatever the chunks are.
+    comes first, however the documents are divided into chunks.
 
     Args:
-        queries: `[Q, H]`; on their device the search runs.
+        queries: `[Q, H]`; the search runs on their device.
         chunks: Embeddings of the documents, `[n, H]` each.
         top_k: Documents to keep.
-        block_size: Queries that are compared at once.
+        block_size: Queries per matrix product.
 
     Returns:
-        Scores and places of the documents, `[Q, top_k]` each, or fewer columns where there are fewer documents.
+        Scores and indices of the documents, `[Q, top_k]` each, or fewer columns where there are fewer documents.
     """
     blocks = queries.split(block_size)
     found = [(block[:, :0], torch.empty(len(block), 0, dtype=torch.long, device=block.device)) for block in blocks]
     start = 0
     for chunk in chunks:
         chunk = chunk.to(queries)
-        chunk_places = torch.arange(start, start + len(chunk), device=queries.device)
+        chunk_indices = torch.arange(start, start + len(chunk), device=queries.device)
         start += len(chunk)
         for index, block in enumerate(blocks):
-            best_scores, best_places = found[index]
+            best_scores, best_indices = found[index]
             scores = torch.cat([best_scores, block @ chunk.T], dim=1)
-            places = torch.cat([best_places, chunk_places.expand(len(block), -1)], dim=1)
-            # What was found before lies in front, so that a stable sort keeps the order of the documents.
+            indices = torch.cat([best_indices, chunk_indices.expand(len(block), -1)], dim=1)
+            # Earlier results come first, so that a stable sort keeps the order of the documents.
             order = scores.argsort(dim=1, descending=True, stable=True)[:, :top_k]
-            found[index] = scores.gather(1, order), places.gather(1, order)
-    scores, places = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return scores, places
+            found[index] = scores.gather(1, order), indices.gather(1, order)
+    scores, indices = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return scores, indices
 
 
 def search_bm25(
     queries: Sequence[str], documents: Iterable[str], top_k: int, k1: float = 0.9, b: float = 0.4
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Scores and places of the best documents by BM25, for each query, as [`search`] does; without those at 0.
+    """Scores and indices of the best documents by BM25 for each query, as [`search`] gives them; scores of 0 left out.
 
-    Words are lower-cased runs of letters and digits, without stop words or stemming; `k1` and `b` are Anserini's, the
-    inverse document frequency Lucene's. The counts of all documents are in memory, 12 bytes for each of their
-    different words.
+    Words are lower-cased runs of letters and digits; there are no stop words and no stemming. `k1` and `b` are
+    Anserini's, the inverse document frequency is Lucene's. The counts of all documents are in memory, 12 bytes for each
+    distinct word of a document.
     """
     vectorizer = CountVectorizer(token_pattern=r"(?u)\w+")
     weights = vectorizer.fit_transform(documents).astype(np.float32)
@@ -381,22 +401,22 @@ def search_bm25(
 def to_run(
     found: Iterable[tuple[Sequence[float], Sequence[int]]], queries: Iterable[str], documents: Sequence[str]
 ) -> dict[str, dict[str, float]]:
-    """Query to document to score, as pytrec_eval takes it: the best `TOP_K`, without a query that is its own document.
+    """Query to document to score, as pytrec_eval takes it: the best `TOP_K`, a document with the query's id left out.
 
     Args:
-        found: Scores and places for each query, one more than `TOP_K`.
-        queries: Their ids.
+        found: Scores and indices for each query, one more than `TOP_K`.
+        queries: Ids of the queries.
         documents: Ids of the corpus.
     """
     run = {}
-    for query, (scores, places) in zip(queries, found, strict=True):
-        ranked = ((documents[place], float(score)) for score, place in zip(scores, places, strict=True))
+    for query, (scores, indices) in zip(queries, found, strict=True):
+        ranked = ((documents[index], float(score)) for score, index in zip(scores, indices, strict=True))
         run[query] = dict(islice(((name, score) for name, score in ranked if name != query), TOP_K))
     return run
 
 
 def score_run(run: dict[str, dict[str, float]], qrels: dict[str, dict[str, int]]) -> dict[str, dict[str, float]]:
-    """Measures of each query, by trec_eval; it ranks documents of equal scores by their ids, the last one first."""
+    """Measures of each query, by trec_eval, which ranks documents of equal scores by id in descending order."""
     evaluator = pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut.10", "map", "recall.100", "recip_rank"})
     evaluated = evaluator.evaluate(run)
     return {query: {name: evaluated[query][own] for name, own in MEASURES.items()} for query in qrels}
@@ -419,6 +439,6 @@ def evaluate_model(
     """Measures of each query for exact search with a model; see [`encode_corpus`] for `folder`."""
     queries = encode_texts(model, list(data.queries.values()), "query", batch_size)
     shards = encode_corpus(model, data.corpus, folder, batch_size)
-    scores, places = search(queries, read_shards(shards), TOP_K + 1)
-    found = zip(scores.tolist(), places.tolist(), strict=True)
+    scores, indices = search(queries, read_shards(shards), TOP_K + 1)
+    found = zip(scores.tolist(), indices.tolist(), strict=True)
     return score_run(to_run(found, data.queries, data.corpus["_id"][:]), data.qrels)

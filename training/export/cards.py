@@ -1,4 +1,4 @@
-"""Model cards that hold every fact of a run, and nothing of the machine's folders."""
+"""Model cards: the facts of a run, without local paths and secrets."""
 
 import importlib.metadata
 import json
@@ -11,27 +11,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 import transformers
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel
 
 from ...configuration_modernalbert import ModernAlbertConfig
-from ..data import READERS
+from ..reports.tables import escape_markdown
 from ..runs import write_text
+from .redaction import hub_id, redact
 
 
 ROOT = Path(__file__).parents[2]
-TEMPLATE = ROOT / "model_cards" / "pretrained.md"
-MERGED_TEMPLATE = ROOT / "model_cards" / "merged.md"
-FINETUNED_TEMPLATE = ROOT / "model_cards" / "finetuned.md"
+TEMPLATES = ROOT / "model_cards"
 MERGED_NAME = "merged"
 TAGS = ["modernalbert", "recursive-transformer", "mixture-of-loras", "masked-lm", "encoder"]
 
-# What each head is for, as the Hub calls it.
+# The Hub's pipeline tag of each head.
 PIPELINES = {
     "ModernAlbertModel": "feature-extraction",
     "ModernAlbertForMaskedLM": "fill-mask",
@@ -40,24 +38,21 @@ PIPELINES = {
     "ModernAlbertForQuestionAnswering": "question-answering",
 }
 
-# Where the Hub has other names for our metrics.
-METRICS = {"pearson": "pearsonr", "spearman": "spearmanr", "exact": "exact_match"}
+# The same for any encoder, by the end of its class name.
+KINDS = {name.removeprefix("ModernAlbert"): kind for name, kind in PIPELINES.items() if "For" in name}
 
-# A folder of this machine: the whole of a text, or inside one; `//` starts the host of a URL, which stays.
-WHOLE_PATH = re.compile(r"(/(?!/)|~|\.{1,2}/|file:|[A-Za-z]:[\\/]|\\\\)")
-INNER_PATH = re.compile(r"((?<![\w/])(file:/*|~\w*|\.{1,2})?/(?!/)|\b[A-Za-z]:\\)[^\s'\",;=)\]]+")
-# Tokens of the Hub, and user and password of a URL.
-SECRET = re.compile(r"\bhf_\w{8,}|(?<=://)[^/\s@]+@")
+# Metrics that have other names on the Hub.
+METRICS = {"pearson": "pearsonr", "spearman": "spearmanr", "exact": "exact_match"}
 
 
 def environment() -> dict[str, str]:
-    """Versions, hardware and commit that a run's results depend on; what cannot be found out is "unknown"."""
+    """Versions, hardware and commit that a run's results depend on, "unknown" if they cannot be determined."""
     try:
         version = importlib.metadata.version("modernalbert")
     except importlib.metadata.PackageNotFoundError:
         version = "unknown"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
-    # The package's own checkout: an installed package may lie inside somebody else's repository.
+    # The package's own checkout: an installed package may lie inside another repository.
     git = ["git", f"--git-dir={ROOT / '.git'}", f"--work-tree={ROOT}"]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
@@ -74,17 +69,78 @@ def environment() -> dict[str, str]:
     }
 
 
+class Safe(str):
+    """Text of a card that is already escaped."""
+
+
+def one_line(value: Any) -> str:
+    """A value as text without line breaks."""
+    return " ".join(str(value).split())
+
+
+def to_code(value: Any) -> Safe:
+    """A code span, which is also valid in a table."""
+    text = one_line(value)
+    if not re.search(r"[`|]", text):
+        return Safe(f"`{text}`")
+    return Safe("<code>" + re.sub(r"[^\w ]", lambda match: f"&#{ord(match[0])};", text) + "</code>")
+
+
+def to_fence(value: str, language: str) -> Safe:
+    """A code block, with a fence longer than any in its content."""
+    fence = "`" * max(3, *(len(ticks) + 1 for ticks in re.findall("`+", value)), 3)
+    return Safe(f"{fence}{language}\n{value}\n{fence}")
+
+
+def to_number(value: float, digits: int = 4) -> str:
+    """A number rounded to `digits` decimals."""
+    return f"{value:.{digits}f}" if math.isfinite(value) else "not finite"
+
+
+def render(folder: str | Path, template: str, data: ModelCardData, /, **values: Any) -> Path:
+    """Writes `README.md` into a folder, atomically.
+
+    Values are escaped as Markdown text, unless the template applies one of the filters `code` (a span), `python` (a
+    string literal) and `fence` (a block).
+
+    Args:
+        folder: Folder of the model.
+        template: Name of a file in `model_cards`.
+        data: The front matter.
+        values: Variables of the template.
+
+    Returns:
+        Path of the card.
+    """
+
+    def finalize(value):
+        return value if isinstance(value, Safe | jinja2.Undefined) else escape_markdown(value)
+
+    environment = jinja2.Environment(finalize=finalize)
+    environment.filters |= {
+        "code": to_code,
+        "fence": to_fence,
+        "number": to_number,
+        "python": lambda value: Safe(json.dumps(one_line(value), ensure_ascii=False)),
+    }
+    text = (TEMPLATES / template).read_text(encoding="utf-8")
+    card = ModelCard(environment.from_string(text).render(card_data=Safe(data.to_yaml()), **values))
+    path = Path(folder) / "README.md"
+    write_text(path, str(card))
+    return path
+
+
 @dataclass
 class PretrainingFacts:
-    """What the card of a pretrained model says.
+    """Facts for the card of a pretrained model.
 
     Args:
         name: Hub id, or name of the folder, of the model.
-        preset: Size that the configuration started from; None where it came from elsewhere.
+        preset: Preset of the configuration; None if it comes from elsewhere.
         config: The model's configuration.
         tokenizer: Hub id or folder.
         recipe: The run's arguments.
-        data: Sources of the training texts, each a Hub data set `name` or `name:config`, or local files.
+        data: Sources of the training texts: Hub data sets `name` or `name:config`, or local files.
         tokens: Tokens seen in training.
         max_length: Tokens of a row.
         mlm_probability: Share of tokens masked, in training and evaluation.
@@ -122,15 +178,15 @@ class PretrainingFacts:
 
 
 def write_card(folder: str | Path, facts: PretrainingFacts) -> Path:
-    """Writes `README.md` into a folder, whole or not at all.
+    """Writes `README.md` into the folder of a pretrained model, atomically.
 
-    Local folders appear by their last name only, access tokens not at all. A source counts as the Hub's where it has
-    the form `namespace/name` and no local file has this name.
+    Only the last name of a local path appears, and no secret. A source is a data set of the Hub if it has the form
+    `namespace/name` and no local file has this name.
 
     Returns:
-        The card's path.
+        Path of the card.
     """
-    values = {name: value if name == "config" else clean(value) for name, value in vars(facts).items()}
+    values = {name: value if name == "config" else redact(value) for name, value in vars(facts).items()}
     base = find_base_model(facts.initialised_from) if facts.initialised_from else None
     hub_ids = [hub_id(source) for source in facts.data]
     results = evaluation_results(facts)
@@ -145,22 +201,24 @@ def write_card(folder: str | Path, facts: PretrainingFacts) -> Path:
         eval_results=results or None,
         model_name=values["name"].split("/")[-1] if results else None,
     )
-    values["recipe"] = yaml.safe_dump(values["recipe"], sort_keys=False, allow_unicode=True).strip()
+    values["recipe"] = to_yaml(values["recipe"])
     values["evaluations"] = [
-        (clean(source), facts.validation_split if hub_id(source) else "", loss, perplexity(loss))
+        (redact(source), facts.validation_split if hub_id(source) else "", loss, perplexity(loss))
         for source, loss in facts.eval_losses.items()
     ]
-    card = ModelCard.from_template(data, template_path=str(TEMPLATE), base=base, **values)
-    path = Path(folder) / "README.md"
-    write_text(path, str(card))
-    return path
+    return render(folder, "pretrained.md", data, base=base, **values)
+
+
+def to_yaml(settings: dict[str, Any]) -> str:
+    """Settings as YAML, in their order."""
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).strip()
 
 
 def write_merged_card(folder: str | Path, name: str, head: str, source: str, report: dict, license: str) -> Path:
-    """Writes `README.md` for a model with merged experts, whole or not at all.
+    """Writes `README.md` for a model with merged experts, atomically.
 
     Args:
-        folder: Of the model.
+        folder: Folder of the model.
         name: Hub id, or name of the folder.
         head: Class of the model.
         source: Hub id or folder of the model with its experts.
@@ -168,7 +226,7 @@ def write_merged_card(folder: str | Path, name: str, head: str, source: str, rep
         license: Licence of the weights, by its identifier on the Hub.
 
     Returns:
-        The card's path.
+        Path of the card.
     """
     data = ModelCardData(
         license=license,
@@ -177,11 +235,9 @@ def write_merged_card(folder: str | Path, name: str, head: str, source: str, rep
         tags=[tag for tag in TAGS if tag != "masked-lm"] + ["merge"],
         base_model=hub_id(source),
     )
-    values = {"name": name, "head": head, "task": PIPELINES.get(head), "report": clean(report)}
-    card = ModelCard.from_template(data, template_path=str(MERGED_TEMPLATE), environment=environment(), **values)
-    path = Path(folder) / "README.md"
-    write_text(path, str(card))
-    return path
+    values = {"name": redact(name), "task": PIPELINES.get(head), "report": redact(report), "license": license}
+    auto_class = "AutoModel" + head.removeprefix("ModernAlbert").removeprefix("Model")
+    return render(folder, "merged.md", data, auto_class=auto_class, environment=environment(), **values)
 
 
 def write_finetuned_cards(
@@ -197,44 +253,48 @@ def write_finetuned_cards(
     details: dict[str, Any],
     pairs: bool = False,
 ) -> None:
-    """Writes `README.md` into the folder of a fine-tuned model and, where that is, of its merged form.
+    """Writes `README.md` into the folder of a fine-tuned model and, if there is one, of the merged model.
 
     Args:
-        folder: Of the run; of an encoder without a head the model is in `model`, and the merged one always in `merged`.
-        task: See [`~training.results.write_results`], as for the others.
+        folder: Folder of the run; an encoder without a head is in `model`, a merged model in `merged`.
+        task: Name of the task.
         model_name: Hub id or folder of the model that the run started from.
         model: The fine-tuned model.
-        scores: Those of the merged model begin with `merged_`.
-        data: By split, with a `source` for all of them or one each.
-        seed: Of the run.
-        settings: Of the run.
-        details: Has `merged_parameters` where the model was merged.
+        scores: Scores; names for the merged model begin with `merged_`.
+        data: Facts by split, with one `source` for all or one per split.
+        seed: Seed of the run.
+        settings: Settings of the run.
+        details: Details of the run, with `merged_parameters` if the model was merged.
         pairs: Whether a classifier takes two texts.
     """
     parts = {name: facts for name, facts in data.items() if name != "source"}
     parts = {name: {"source": data.get("source"), **facts} for name, facts in parts.items()}
+    for facts in parts.values():
+        facts["sources"] = facts["source"] if isinstance(facts["source"], list | tuple) else [facts["source"]]
     sources = {source for facts in parts.values() for source in [facts["source"]] if isinstance(source, str)}
     dataset = next(iter(sources)) if len(sources) == 1 and hub_id(next(iter(sources))) else None
     head = type(getattr(model, "get_base_model", lambda: model)()).__name__
-    answering, retrieving = head.endswith("ForQuestionAnswering"), "For" not in head
-    kind = "sentence-similarity" if retrieving else "question-answering" if answering else "text-classification"
+    auto_class = "AutoModel" + head[head.find("For") :] if "For" in head else "AutoModel"
+    kind = next((kind for name, kind in KINDS.items() if head.endswith(name)), "sentence-similarity")
+    retrieving = kind == "sentence-similarity"
     model_type = model.config.model_type
-    recipe = {name: value for name, value in clean(settings).items() if name != "data" and value not in (None, [])}
+    task = redact(task)
+    recipe = {name: value for name, value in redact(settings).items() if name != "data" and value not in (None, [])}
     values = {
         "task": task,
-        "base": clean(model_name),
+        "base": redact(model_name),
         "model_type": model_type,
         "kind": kind,
-        "auto_class": "AutoModel" + head[head.find("For") :],
-        "remote": ", trust_remote_code=True" if getattr(model.config, "auto_map", None) else "",
+        "auto_class": auto_class,
+        "remote": bool(getattr(model.config, "auto_map", None)) or model_type == "modernalbert",
         "pairs": pairs,
-        "answers": task == "squad_v2" if answering else None,
+        "no_answer": task == "squad_v2",
         "seed": seed,
         "settings": settings,
         "hub": dataset is not None,
-        "data": clean(parts),
+        "data": redact(parts),
         "environment": environment(),
-        "recipe": yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).strip(),
+        "recipe": to_yaml(recipe),
     }
     own_folder = Path(folder) / "model" if retrieving else Path(folder)
     for prefix, path in (("", own_folder), ("merged_", Path(folder) / MERGED_NAME)):
@@ -242,44 +302,44 @@ def write_finetuned_cards(
         if not own:
             continue
         own = {name.removeprefix(prefix): value for name, value in own.items()}
-        lora = settings.get("peft", False) and not prefix
+        name = redact(Path(path).resolve().name)
+        lora = settings.get("peft", False) and not prefix and not retrieving  # there the LoRA is folded in
         results = [
             EvalResult(
                 task_type="text-retrieval" if retrieving else kind,
                 dataset_type=dataset or "local-files",  # not the Hub's data set of the same name
                 dataset_name=f"{dataset or 'local files'}: {task}",
                 dataset_config=task if dataset and kind == "text-classification" else None,
-                dataset_split=settings.get("split", "validation") + "_mismatched" * name.endswith("_mismatched"),
-                metric_type=METRICS.get(name, name),
-                metric_name=name,
+                dataset_split=settings.get("split", "validation") + "_mismatched" * metric.endswith("_mismatched"),
+                metric_type=METRICS.get(metric, metric),
+                metric_name=metric,
                 metric_value=round(value, 4),
             )
-            for name, value in own.items()
+            for metric, value in own.items()
+            if math.isfinite(value)
         ]
+        tags = [tag for tag in TAGS if tag != "masked-lm"] if model_type == "modernalbert" else []
         card = ModelCardData(
             library_name="peft" if lora else "sentence-transformers" if retrieving else "transformers",
             pipeline_tag=kind,
-            tags=([tag for tag in TAGS if tag != "masked-lm"] if model_type == "modernalbert" else [])
-            + (["lora"] if lora else [])
-            + (["merge"] if prefix else []),
+            tags=tags + (["lora"] if lora else []) + (["merge"] if prefix else []),
             base_model=hub_id(model_name),
             datasets=[dataset] if dataset else None,
-            eval_results=results,
-            model_name=path.name,
+            eval_results=results or None,
+            model_name=name,
         )
         facts = {
-            "name": path.name,
+            "name": name,
             "scores": own,
             "lora": lora,
             "merged": settings["merge_after"] if prefix else None,
             "parameters": details["merged_parameters"] if prefix else model.num_parameters(),
         }
-        text = ModelCard.from_template(card, template_path=str(FINETUNED_TEMPLATE), **values, **facts)
-        write_text(path / "README.md", str(text))
+        render(path, "finetuned.md", card, **values, **facts)
 
 
 def evaluation_results(facts: PretrainingFacts) -> list[EvalResult]:
-    """Entries of the card's `model-index`: finite losses on data sets of the Hub, which others can repeat."""
+    """Entries of the card's `model-index`: finite losses on data sets of the Hub, which others can reproduce."""
     results = []
     for source, loss in facts.eval_losses.items():
         dataset = hub_id(source)
@@ -311,39 +371,7 @@ def find_base_model(start: str) -> str | None:
     """Hub id of the model that the weights come from; None if there is none.
 
     Args:
-        start: What a run started from: a Hub id, or a folder, whose teacher `scripts/init_from_teacher.py` notes in it.
+        start: Hub id or folder that a run started from; `initialization.json` in the folder names the teacher.
     """
     note = Path(start) / "initialization.json"
     return hub_id(json.loads(note.read_text())["teacher"] if note.is_file() else start)
-
-
-def hub_id(source: str) -> str | None:
-    """`namespace/name` of a source `namespace/name` or `namespace/name:config` of the Hub; None for a local one."""
-    name = source.partition(":")[0]
-    if "/" not in name or Path(name).suffix in READERS or os.path.exists(source):
-        return None
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return None
-    return name
-
-
-def clean(value: Any) -> Any:
-    """Plain values for a public text: local folders by their last name, no secrets, texts on one line."""
-    if isinstance(value, dict):
-        return {clean(name): clean(part) for name, part in value.items() if not str(name).endswith("_token")}
-    if isinstance(value, list | tuple):
-        return [clean(part) for part in value]
-    if value is None or isinstance(value, bool | int | float):
-        return value
-    text = " ".join(str(value).split())
-    is_path = "/" in text and " " not in text and "://" not in text and hub_id(text) is None
-    if is_path or WHOLE_PATH.match(text):
-        text = last_name(text)
-    return SECRET.sub("", INNER_PATH.sub(lambda match: last_name(match[0]), text))
-
-
-def last_name(path: str) -> str:
-    """`c` of `/a/b/c/`, on every system."""
-    return re.split(r"[\\/]", path.rstrip("\\/"))[-1]

@@ -1,4 +1,4 @@
-"""An ONNX model with its configuration and tokenizer; compared with PyTorch in onnxruntime, whole or not at all."""
+"""Export to ONNX with configuration and tokenizer: compared with PyTorch in onnxruntime, written atomically."""
 
 import json
 import tempfile
@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ...configuration_modernalbert import ModernAlbertConfig
 from ...tokenization import save_tokenizer
-from ..runs import write_text
-from .folder import draft_folder
+from ..runs import write_json
+from .folder import draft_folder, fit_tokenizer
 
 
 try:
@@ -29,17 +30,18 @@ except ImportError as error:
 
 
 TOLERANCE = 1e-4
+OLDEST_OPSET = 18  # torch exports to this opset, and converts to newer ones
 
 
 class Difference(NamedTuple):
-    """The largest difference between the outputs of two models, and the largest output."""
+    """Largest difference between the outputs of two models, and largest output."""
 
     largest: float
     scale: float
 
 
 class NamedOutputs(nn.Module):
-    """A model as a graph: tensors in by name, and a tuple of the named tensors out."""
+    """A model with a fixed signature: named tensors in, a tuple of the named outputs out."""
 
     def __init__(self, model: PreTrainedModel, names: list[str]):
         super().__init__()
@@ -63,29 +65,19 @@ def export_onnx(
     Args:
         model: A ModernALBERT without experts, with any head, in float32.
         tokenizer: Its tokenizer.
-        folder: Where to; must not exist yet, or be empty.
+        folder: Folder to write; must not exist, or be empty.
         quantize: Whether to write `model_int8.onnx` as well, see [`quantize_onnx`].
         opset: Version of the operator set; default: torch's.
 
     Returns:
-        For each file how far it is from PyTorch.
+        Difference from PyTorch, by file.
 
     Raises:
         FileExistsError: The folder exists and is not empty.
         RuntimeError: onnxruntime got other outputs than PyTorch; nothing is left behind.
         ValueError: The model has experts or another type than float32, or there is no such opset.
     """
-    config = model.config
-    if config.mol_groups and config.modulation in ("moa", "depth_lora"):
-        raise ValueError(
-            f"`ffn_modulation` is {config.ffn_modulation!r}, and a plain encoder is expected; only a Mixture of LoRAs can "
-            "be made one"
-        )
-    if config.mol_groups and config.modulation == "mol":
-        raise ValueError(
-            f"the model has MoL groups with `num_experts={config.num_experts}`, and a plain encoder is expected; fold "
-            "the experts into the shared weights with `scripts/merge_experts.py` or `model.merge_experts()`"
-        )
+    check_onnx(model.config, opset)
     if model.dtype != torch.float32:
         raise ValueError(f"the model is in {model.dtype}, expected torch.float32; load it with `dtype='float32'`")
     with draft_folder(folder) as draft:
@@ -97,17 +89,40 @@ def export_onnx(
         if quantize:
             quantize_onnx(draft / "model.onnx", draft / "model_int8.onnx")
             differences["model_int8.onnx"] = compare(model, draft / "model_int8.onnx")
-        config.save_pretrained(draft)
-        # The model's code does not come along, and AutoTokenizer would ask to run it.
+        model.config.save_pretrained(draft)
+        # The folder has no model code, which `auto_map` would make AutoTokenizer look for.
         settings = json.loads((draft / "config.json").read_text(encoding="utf-8"))
-        settings.pop("auto_map")
-        write_text(draft / "config.json", json.dumps(settings, indent=2))
-        save_tokenizer(tokenizer, draft)
+        settings.pop("auto_map", None)
+        write_json(draft / "config.json", settings)
+        save_tokenizer(fit_tokenizer(tokenizer, model.config), draft)
     return differences
 
 
+def check_onnx(config: ModernAlbertConfig, opset: int | None = None) -> None:
+    """Refuses, before any work, a model that cannot be exported.
+
+    Raises:
+        ValueError: The model has experts, or there is no such opset.
+    """
+    if config.mol_groups and config.modulation in ("moa", "depth_lora"):
+        raise ValueError(
+            f"`ffn_modulation` is {config.ffn_modulation!r}, and a plain encoder is expected; only a Mixture of LoRAs can "
+            "be made one"
+        )
+    if config.mol_groups and config.modulation == "mol":
+        raise ValueError(
+            f"the model has MoL groups with `num_experts={config.num_experts}`, and a plain encoder is expected; fold "
+            "the experts into the shared weights with `scripts/merge_experts.py` or `model.merge_experts()`"
+        )
+    newest = onnx.defs.onnx_opset_version()
+    if opset is not None and not OLDEST_OPSET <= opset <= newest:
+        raise ValueError(
+            f"`opset` ({opset}) must be from {OLDEST_OPSET} to {newest}, the newest of the installed onnx"
+        )
+
+
 def write_onnx(model: PreTrainedModel, path: Path, opset: int | None = None) -> None:
-    """Exports a model of the library, with any head, to one file; sizes of batch and text are free.
+    """Exports a transformers model with any head to one file; batch size and length are dynamic.
 
     Raises:
         ValueError: There is no such opset.
@@ -121,7 +136,7 @@ def write_onnx(model: PreTrainedModel, path: Path, opset: int | None = None) -> 
     model.set_attn_implementation("eager")  # the fewest operators: no guard against NaN, an additive mask
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's, on its own parts
+            warnings.simplefilter("ignore")  # from torch, about its own code
             program = torch.onnx.export(
                 NamedOutputs(model, names).eval(),
                 kwargs=inputs,
@@ -133,7 +148,7 @@ def write_onnx(model: PreTrainedModel, path: Path, opset: int | None = None) -> 
                 verbose=False,
             )
             for node in program.model.graph:
-                node.metadata_props.clear()  # code lines, with the paths of this machine
+                node.metadata_props.clear()  # source locations, with local paths
             program.save(path)
     finally:
         model.set_attn_implementation(attention)
@@ -143,30 +158,30 @@ def write_onnx(model: PreTrainedModel, path: Path, opset: int | None = None) -> 
 
 
 def quantize_onnx(source: Path, target: Path) -> None:
-    """Weights of matrix products in int8, one scale a column, with activations quantised as they come.
+    """Quantises weights of matrix products to int8, one scale per column, and activations at run time.
 
-    The embedding table is quantised as well, with one scale for all: at a quarter of its size it is the smaller part.
+    The embedding table is quantised as well, with a single scale.
     """
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        # torch writes a weight and its transposition, and only a constant is quantised. A weight that several layers
-        # share stays one.
+        # torch exports a weight and a transpose node, and only constants are quantised. A weight shared by several layers
+        # stays a single constant.
         prepared = Path(scratch) / source.name
         quant_pre_process(source, prepared, skip_symbolic_shape=True)
         model = onnx.load(prepared)
-    # The quantiser transposes the weights of some products, and then finds that their noted shapes are others.
+    # The quantiser transposes some weights, which would contradict their recorded shapes.
     del model.graph.value_info[:]
     quantize_dynamic(model, target, per_channel=True)
 
 
 def compare(model: PreTrainedModel, path: Path) -> Difference:
-    """Runs an exported model beside its original, on other sizes than it was traced with, with padding on both sides.
+    """Runs an exported model and its original on other sizes than it was traced with, with padding on both sides.
 
     Raises:
         RuntimeError: Outputs have other names or shapes, or are not finite.
     """
     session = open_session(path)
     names = [output.name for output in session.get_outputs()]
-    # Past the window of sliding layers, and not all of one size.
+    # Longer than the window of sliding layers.
     longest = min(model.config.max_position_embeddings, 2 * model.config.local_attention + 3)
     largest = scale = 0.0
     for batch, length in ((1, 1), (1, 7), (4, 19), (5, longest)):
@@ -187,12 +202,19 @@ def compare(model: PreTrainedModel, path: Path) -> Difference:
 
 
 def open_session(path: str | Path) -> onnxruntime.InferenceSession:
-    """A session on the CPU, with as many threads as torch has."""
+    """A session on the CPU, with as many threads as torch has.
+
+    Raises:
+        ValueError: onnxruntime cannot run the file, for example for its opset.
+    """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    # Waiting threads would take the processor from what runs between two calls.
+    # Spinning threads would slow down code between two calls.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime has no public class for it
+        raise ValueError(f"the installed onnxruntime cannot run '{Path(path).name}': {error}") from error
 
 
 def draw_inputs(model: PreTrainedModel, batch: int, length: int) -> dict[str, torch.Tensor]:
@@ -201,8 +223,8 @@ def draw_inputs(model: PreTrainedModel, batch: int, length: int) -> dict[str, to
     input_ids = torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(length))
     rows = torch.arange(input_ids[..., 0].numel()).view(*shape[:-1], 1)
     left, right = (rows // step % 2 * (length // 3) for step in (1, 2))
-    places = torch.arange(length)
-    return {"input_ids": input_ids, "attention_mask": ((places >= left) & (places < length - right)).long()}
+    positions = torch.arange(length)
+    return {"input_ids": input_ids, "attention_mask": ((positions >= left) & (positions < length - right)).long()}
 
 
 def has_choices(model: PreTrainedModel) -> bool:

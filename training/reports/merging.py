@@ -1,48 +1,22 @@
-"""What merging does to a model: statistics of its experts, errors of its layers, its score; a report; PEFT's form."""
+"""Report of a merge: statistics of the experts, errors of the merged layers, scores."""
 
-import copy
 import html
-import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from ...configuration_modernalbert import ModernAlbertConfig
 from ...merging_modernalbert import collect_states, mean_routing, similarity
-from ..evaluation.metrics import compute_metrics
-from ..export.folder import SENTENCE, write_model
-from ..runs import write_text
-from .curves import PAGE, draw_matrix, draw_panels, format_table
+from ..runs import write_json
+from .html import draw_matrix, draw_panels, write_page
+from .tables import html_table
 
 
 REPORT_NAME = "merge_report"
 CONTROL = "drop"
-
-
-def read_routing_weights(path: str | Path, config: ModernAlbertConfig) -> list[list[float]]:
-    """Weights of the experts of each MoL group, from what [`~training.callbacks.RoutingFrequencies`] wrote.
-
-    Raises:
-        ValueError: The file is something else, or of another architecture.
-    """
-    try:
-        facts = json.loads(Path(path).read_text(encoding="utf-8"))
-        groups, weights = facts["mol_groups"], facts["weights"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"'{path}' does not hold routing weights; give the `routing_weights.json` that training writes beside its "
-            "checkpoints"
-        ) from error
-    if groups != sorted(config.mol_groups):
-        raise ValueError(
-            f"'{path}' is of a model with the MoL groups {groups}, this one has {sorted(config.mol_groups)}"
-        )
-    return weights
 
 
 def mixtures(model: PreTrainedModel) -> dict[int, nn.Module]:
@@ -66,7 +40,7 @@ def describe_experts(model: PreTrainedModel, states: dict[int, torch.Tensor]) ->
     """Mean router weight and similarity of the experts, for each MoL group and depth.
 
     Args:
-        model: With its experts, in evaluation mode.
+        model: Model with experts, in evaluation mode.
         states: See [`states_by_depth`].
 
     Returns:
@@ -99,31 +73,14 @@ def layer_errors(
                 expected = routed(h).double()
                 difference += (layer(h).double() - expected).square().sum().item()
                 scale += expected.square().sum().item()
-            errors[str(group)].append((difference / scale) ** 0.5)
+            errors[str(group)].append((difference / max(scale, 1e-12)) ** 0.5)
     return errors
 
 
-@torch.no_grad()
-def evaluate(model: PreTrainedModel, batches: Iterable[dict], metrics: Sequence[str] = ()) -> dict[str, float]:
-    """Named metrics of a sequence classifier, or without names the masked-LM loss, in nats for each masked token."""
-    logits, labels, total, count = [], [], 0.0, 0
-    for batch in batches:
-        output = model(**{name: tensor.to(model.device) for name, tensor in batch.items()})
-        if metrics:
-            logits.append(output.logits.float().cpu())
-            labels.append(batch["labels"])
-        else:
-            labelled = int((batch["labels"] != -100).sum())
-            total, count = total + output.loss.item() * labelled, count + labelled
-    if metrics:
-        return compute_metrics(tuple(metrics), torch.cat(logits).numpy(), torch.cat(labels).numpy())
-    return {"loss": total / count}
-
-
 def recovered_share(routed: dict[str, float], merged: dict[str, float], dropped: dict[str, float]) -> float | None:
-    """Share of the way from the model without experts to the routed one, by the first figure of [`evaluate`].
+    """Share of the gain of the experts that merging keeps, by the first metric of [`~training.evaluation.metrics.score_model`].
 
-    1 is as good as routed, 0 as bad as no experts. None where the experts are of no use to begin with.
+    1 is as good as the routed model, 0 as the model without experts. None if the experts gain nothing.
     """
     name = next(iter(routed))
     gain = dropped[name] - routed[name] if name == "loss" else routed[name] - dropped[name]
@@ -138,18 +95,18 @@ def compare_methods(
     states: dict[int, torch.Tensor] | None,
     score: Callable[[PreTrainedModel], dict[str, float]] | None,
 ) -> dict[str, Any]:
-    """What each method, and the control, does to the layers and to the score of a model.
+    """Errors of the layers and scores for each method and the control.
 
     Args:
-        model: With its experts.
+        model: Model with experts.
         methods: Names of the methods.
-        merge: Gives the model merged by a method; leaves `model` as it is.
-        states: To measure the error of layers on; see [`states_by_depth`].
-        score: Figures of a model; the share recovered is that of the first.
+        merge: Returns a copy of the model merged by a method.
+        states: Inputs on which errors of layers are measured, see [`states_by_depth`].
+        score: Scores of a model; the first decides `recovered`.
 
     Returns:
-        `routed`, the score before merging, and `methods`: for each `layer_error`, `score` and `recovered`, as far as
-        they could be measured.
+        `routed`, the scores before merging, and `methods`: for each `layer_error`, `score` and `recovered`, as far as
+        they were measured.
     """
     results = {}
     for method in dict.fromkeys([*methods, CONTROL]):
@@ -166,7 +123,7 @@ def compare_methods(
 
 
 def tabulate(report: dict[str, Any]) -> list[tuple[str, ...]]:
-    """One line for each method below a line of headings: mean error of the layers, score, share recovered."""
+    """A header and one row per method: mean error of the layers, scores, share recovered."""
     names = list(report.get("routed", {}))
     rows = [("", "error of a layer", *names, "recovered")]
     if names:
@@ -181,30 +138,31 @@ def tabulate(report: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def write_merge_report(folder: Path, report: dict[str, Any]) -> None:
-    """Writes `merge_report.json` and `merge_report.html`, a page that needs no network."""
-    write_text(folder / f"{REPORT_NAME}.json", json.dumps(report, indent=1))
+    """Writes `merge_report.json` and a self-contained `merge_report.html`."""
+    write_json(folder / f"{REPORT_NAME}.json", report)
     facts = {name: report[name] for name in ("model", "method", "format", "rank", "num_experts") if report.get(name)}
     facts |= {f"parameters, {name}": f"{count:,}" for name, count in report["parameters"].items()}
     facts |= {f"{name} data": ", ".join(sources) for name, sources in report["data"].items()}
     if "error_text" in report:
         facts["errors of layers on"] = f"{report['error_text']} text"
-    body = [format_table(facts.items())]
+    parts = [html_table(facts.items())]
     if report["methods"]:
-        body.append(f"<h2>Methods</h2>\n{format_table(tabulate(report))}")
-        body.append(
+        parts.append(f"<h2>Methods</h2>\n{html_table(tabulate(report))}")
+        parts.append(
             "<p><small>Error: of a merged layer's output against the routed layer's on the same inputs, mean over "
             f"groups and depths. {CONTROL}: no experts at all. Recovered: share of the way from {CONTROL} to routed."
             "</small></p>"
         )
     if panels := draw_errors(report) + draw_experts(report):
-        body.append(draw_panels(panels))
-    body += [f"<p>Not measured: {html.escape(reason)}</p>" for reason in report["not_measured"]]
-    page = PAGE.format(title=html.escape(f"Merged experts of {report['model']}"), body="\n".join(body))
-    write_text(folder / f"{REPORT_NAME}.html", page)
+        parts.append(f"<figure>{draw_panels(panels)}</figure>")
+    if report["not_measured"]:
+        items = "\n".join(f"<li>{html.escape(reason)}</li>" for reason in report["not_measured"])
+        parts.append(f"<h2>Not measured</h2>\n<ul>\n{items}\n</ul>")
+    write_page(folder / f"{REPORT_NAME}.html", f"Merged experts of {report['model']}", parts)
 
 
 def draw_errors(report: dict[str, Any]) -> list[Callable]:
-    """One panel for each group: error of a layer over its depths, by method."""
+    """One panel per group: error of a layer over its depths, by method."""
 
     def panel(group):
         def draw(axes):
@@ -221,7 +179,7 @@ def draw_errors(report: dict[str, Any]) -> list[Callable]:
 
 
 def draw_experts(report: dict[str, Any]) -> list[Callable]:
-    """For each group a panel of usage over its depths, and one of similarity for each depth."""
+    """Per group a panel of usage over its depths, and one of similarity for each depth."""
 
     def usage(group, values):
         def draw(axes):
@@ -245,57 +203,3 @@ def draw_experts(report: dict[str, Any]) -> list[Callable]:
         panels.append(usage(group, facts["usage"]))
         panels += [cosines(group, depth, values) for depth, values in enumerate(facts["similarity"])]
     return panels
-
-
-def write_adapter(merged: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes `base`, a self-contained model without experts, and `adapter`, a LoRA of PEFT that restores the merged one.
-
-    Adapters of several tasks can share one `base` where their shared weights are equal: where nothing but the experts,
-    and in a classifier its `head` and `classifier`, was trained from the same model. The adapter carries those two.
-
-    Args:
-        merged: With one adapter in each MoL layer (`num_experts=1`), in evaluation mode.
-        tokenizer: Its tokenizer.
-        folder: Where to.
-
-    Raises:
-        RuntimeError: `PeftModel` gives other outputs than the folded model; or `base` does not load.
-    """
-    base = copy.deepcopy(merged).merge_experts(CONTROL)
-    write_model(base, tokenizer, folder / "base")
-    base.name_or_path = "base"  # PEFT writes it down, and this machine's folders are nobody's business
-    names = {module: name for name, module in base.named_modules()}
-    layers = mixtures(base)
-    settings = LoraConfig(
-        r=merged.config.expert_rank,
-        lora_alpha=merged.config.expert_alpha,
-        target_modules=[names[linear] for layer in layers.values() for linear in (layer.Wi, layer.Wo)],
-        modules_to_save=[name for name in ("head", "classifier") if hasattr(base, name)] or None,
-    )
-    adapted = get_peft_model(base, settings)
-    with torch.no_grad():
-        for group, mixture in mixtures(merged).items():
-            for linear, side in ((layers[group].Wi, "in"), (layers[group].Wo, "out")):
-                for name in ("A", "B"):
-                    weight = getattr(linear, f"lora_{name}")["default"].weight
-                    weight.copy_(getattr(mixture.experts, f"{side}_{name}")[0])
-    adapted.save_pretrained(folder / "adapter", save_embedding_layers=False)  # or PEFT asks the Hub for "base"
-    (folder / "adapter" / "README.md").unlink()  # PEFT's template, without a fact in it
-    check_adapter(merged, tokenizer, folder)
-
-
-@torch.no_grad()
-def check_adapter(merged: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Compares `base` with `adapter`, as they lie in a folder, with the folded model; in float64, free of rounding.
-
-    Raises:
-        RuntimeError: Outputs differ by more than 1e-5.
-    """
-    base = type(merged).from_pretrained(folder / "base")
-    adapted = PeftModel.from_pretrained(base, folder / "adapter").double().eval()
-    folded = copy.deepcopy(merged).double().merge_experts()
-    inputs = tokenizer(SENTENCE, return_tensors="pt")
-    found, expected = adapted(**inputs)[0], folded(**inputs)[0]
-    if not torch.allclose(found, expected, rtol=1e-5, atol=1e-5):
-        difference = (found - expected).abs().max().item()
-        raise RuntimeError(f"base and adapter give other outputs than the folded model, by up to {difference:.1e}")

@@ -1,10 +1,10 @@
-"""How a model routes text: which experts serve which tokens, which serve together, and what changes with depth."""
+"""How a model routes text: use of the experts, their tokens, co-activation, and change with depth."""
 
 import html
-import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +13,33 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...configuration_modernalbert import ModernAlbertConfig
-from ..data import PackedCollator, load_texts, pack_texts
-from ..runs import write_text
-from .curves import INK, PAGE, draw_matrix, draw_panels, format_table
+from ..data import load_texts
+from ..packing import PackedCollator, pack_texts
+from ..runs import write_json
+from .html import INK, draw_matrix, draw_panels, write_page
+from .tables import html_table
 
 
-COVERAGES = (0.5, 0.8, 0.9)  # shares of all choices for which the smallest set of experts is sought
+COVERAGES = (0.5, 0.8, 0.9)  # shares of all choices that the covering sets take
 TYPICAL = 8  # tokens listed for an expert
-MIN_COUNT = 10  # occurrences below which a token says nothing of an expert
-SMOOTHING = 10  # occurrences, routed as the average token, that are added to every token's own
+MIN_COUNT = 10  # rarer tokens are not listed
+SMOOTHING = 10  # pseudo-occurrences with average routing, added to those of every token
 BATCH_SIZE = 16
 
 NOTES = """<p><small>An expert is chosen where its weight is not 0; with the router <code>soft</code>, which weighs all
 experts, where its weight is at least even. Router entropy: of its probabilities, mean over tokens, 1 = undecided. Usage
-entropy: of the shares of choices, 1 = even. Leading: the expert has the largest summed weight of a text. Together: how
-often two experts serve the same token, divided by what independent choices with the same usage, and of as many pairs,
-would give. Same set, Jaccard: the chosen sets of a token at this depth and the next; chance pairs the two depths at
-random. Lift: share of a token's occurrences that the expert serves over its share of all tokens, smoothed. The part of
-a text that a row's end cuts off counts as another text; text is not masked.</small></p>"""
+entropy: of the shares of choices, 1 = even. Leading: the expert has the largest summed weight of a sequence.
+Co-activation: how often two experts serve the same token, divided by what independent choices with the same usage, and
+of as many pairs, would give. Same set, Jaccard: the chosen sets of a token at this depth and the next; chance pairs the
+two depths at random. Lift: share of a token's occurrences that the expert serves over its share of all tokens, smoothed.
+A sequence is a text, or a part of one where the end of a packed row cuts it; nothing is masked.</small></p>"""
 
 
 def check_router(name: str, config: ModernAlbertConfig) -> None:
-    """Refuses a model that does not route.
+    """Refuses a model without a router.
 
     Raises:
-        ValueError: It is no ModernALBERT, or has no router.
+        ValueError: It is not a ModernALBERT, or has no router.
     """
     if config.model_type != "modernalbert":
         raise ValueError(f"'{name}' is a {config.model_type}; only ModernALBERT has a router")
@@ -55,25 +57,25 @@ def read_batches(
     max_tokens: int,
     text_column: str = "text",
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches of packed rows with `max_tokens` tokens in all, or fewer, of texts drawn from all files alike.
+    """Batches of packed rows with at most `max_tokens` tokens in all, of texts drawn at random from all files.
 
     Raises:
         FileNotFoundError: A file is missing.
         ValueError: A file cannot be read or holds no texts.
     """
+
+    def cut():
+        left = max_tokens
+        for row in pack_texts(texts, tokenizer, max_length, text_column):
+            yield {"input_ids": row["input_ids"][:left]}
+            left -= len(row["input_ids"])
+            if left <= 0:
+                return
+
     texts = load_texts(files, text_column=text_column).shuffle(seed=0).to_iterable_dataset()
-    collate = PackedCollator(tokenizer)
-    rows = []
-    for row in pack_texts(texts, tokenizer, max_length, text_column):
-        rows.append({"input_ids": row["input_ids"][:max_tokens]})
-        max_tokens -= len(rows[-1]["input_ids"])
-        if len(rows) == BATCH_SIZE or max_tokens == 0:
-            yield collate(rows)
-            rows = []
-        if max_tokens == 0:
-            return
-    if rows:
-        yield collate(rows)
+    rows, collate = cut(), PackedCollator(tokenizer)
+    while batch := list(islice(rows, BATCH_SIZE)):
+        yield collate(batch)
 
 
 class RoutingSums:
@@ -85,16 +87,16 @@ class RoutingSums:
     """
 
     def __init__(self, num_experts: int, vocab_size: int):
-        self.tokens = self.texts = 0
+        self.tokens = self.sequences = 0
         self.entropy = 0.0
         self.weights = torch.zeros(num_experts, dtype=torch.float64)
         self.pairs = torch.zeros(num_experts, num_experts, dtype=torch.long)  # tokens that two experts serve
         self.served = torch.zeros(vocab_size, num_experts, dtype=torch.int32)  # occurrences of a token
-        self.leading = torch.zeros(num_experts, dtype=torch.long)  # texts of which an expert has the largest weight
+        self.leading = torch.zeros(num_experts, dtype=torch.long)  # sequences in which an expert has the most weight
         self.sets = Counter()  # tokens by the set of their experts
-        self.text_sets = Counter()  # texts by the set of all experts that serve a token of them
+        self.sequence_sets = Counter()  # sequences by the set of experts that serve any of their tokens
 
-    def add(self, logits, weights, chosen, token_ids, text_ids) -> None:
+    def add(self, logits, weights, chosen, token_ids, sequence_ids) -> None:
         """Adds the tokens of a batch.
 
         Args:
@@ -102,7 +104,7 @@ class RoutingSums:
             weights: 0 for experts that are not chosen, `[tokens, E]`.
             chosen: Bool `[tokens, E]`.
             token_ids: `[tokens]`.
-            text_ids: Number of a token's text in the batch, from 0, `[tokens]`.
+            sequence_ids: Number of a token's sequence in the batch, from 0, `[tokens]`.
         """
         log_probabilities = logits.double().log_softmax(dim=-1)
         self.entropy -= (log_probabilities.exp() * log_probabilities).sum().item() / math.log(logits.shape[-1])
@@ -110,11 +112,13 @@ class RoutingSums:
         self.weights += weights.double().sum(dim=0)
         self.pairs += (chosen.double().T @ chosen.double()).long()
         self.served.index_add_(0, token_ids, chosen.int())
-        by_text = weights.new_zeros(int(text_ids.max()) + 1, weights.shape[1])
-        self.texts += len(by_text)
-        self.leading += torch.bincount(by_text.index_add(0, text_ids, weights).argmax(dim=-1), minlength=len(chosen.T))
+        by_sequence = weights.new_zeros(int(sequence_ids.max()) + 1, weights.shape[1])
+        self.sequences += len(by_sequence)
+        self.leading += torch.bincount(
+            by_sequence.index_add(0, sequence_ids, weights).argmax(dim=-1), minlength=len(chosen.T)
+        )
         self.sets += count_sets(chosen)
-        self.text_sets += count_sets(by_text.index_add(0, text_ids, chosen.to(weights)) > 0)
+        self.sequence_sets += count_sets(by_sequence.index_add(0, sequence_ids, chosen.to(weights)) > 0)
 
     @property
     def usage(self) -> torch.Tensor:
@@ -123,7 +127,7 @@ class RoutingSums:
 
 
 class ChangeSums:
-    """Sums over tokens of how alike the chosen sets are at one depth and the next."""
+    """Sums over tokens of the similarity of the chosen sets at one depth and the next."""
 
     def __init__(self):
         self.same = 0
@@ -136,7 +140,7 @@ class ChangeSums:
 
 
 def count_sets(chosen: torch.Tensor) -> Counter:
-    """How often each set of experts occurs among the rows of bool `[rows, E]`."""
+    """Number of rows of bool `[rows, E]` with each set of experts."""
     rows, counts = torch.unique(chosen.byte(), dim=0, return_counts=True)
     sets = (tuple(row.nonzero().flatten().tolist()) for row in rows)
     return Counter(dict(zip(sets, counts.tolist(), strict=True)))
@@ -146,7 +150,7 @@ def count_sets(chosen: torch.Tensor) -> Counter:
 def describe_routing(
     model: PreTrainedModel, batches: Iterable[dict[str, torch.Tensor]], show: Callable[[int], str] = str
 ) -> dict[str, Any]:
-    """Routes batches and describes what the routers did, at every depth of every MoL group.
+    """Routes batches and describes the routing at every depth of every MoL group.
 
     Args:
         model: The encoder, or a model with one, that has a router; it is left in evaluation mode.
@@ -154,7 +158,7 @@ def describe_routing(
         show: Text of a token id.
 
     Returns:
-        `tokens`, `texts` and `groups`: for each group `depths`, one [`describe_depth`] each, and `changes`, one
+        `tokens`, `sequences` and `groups`: for each group `depths`, one [`describe_depth`] each, and `changes`, one
         [`describe_change`] for each depth but the last.
 
     Raises:
@@ -168,23 +172,28 @@ def describe_routing(
     }
     changes = {group: [ChangeSums() for _ in sums[group][1:]] for group in groups}
     token_counts = torch.zeros(config.vocab_size, dtype=torch.long)
-    runs = defaultdict(list)  # of a batch, by group: what the router gave at each depth
+    runs = defaultdict(list)  # router outputs of a batch at each depth, by group
 
     def keep(group):
-        return lambda router, inputs, outputs: runs[group].append([tensor.cpu() for tensor in outputs])
+        return lambda router, inputs, outputs: runs[group].append([tensor.flatten(0, -2).cpu() for tensor in outputs])
 
     handles = [encoder.layers[group].mlp.router.register_forward_hook(keep(group)) for group in groups]
     try:
         for batch in batches:
             runs.clear()
             encoder(**{name: tensor.to(model.device) for name, tensor in batch.items()})
-            real = batch["attention_mask"].bool()  # routers see real tokens only, in this order
-            token_ids, text_ids = batch["input_ids"][real], (batch["position_ids"][real] == 0).cumsum(0) - 1
+            real = batch["attention_mask"].bool()
+            token_ids, sequence_ids = batch["input_ids"][real], (batch["position_ids"][real] == 0).cumsum(0) - 1
             token_counts += torch.bincount(token_ids, minlength=config.vocab_size)
+            # Routers see real tokens only, in this order; or, where rows are kept, padding as well.
             for group in groups:
+                runs[group] = [
+                    [tensor if len(tensor) == len(token_ids) else tensor[real.flatten()] for tensor in run]
+                    for run in runs[group]
+                ]
                 choices = [spread(*choice, config) for _, *choice in runs[group]]
                 for depth, (logits, *_), choice in zip(sums[group], runs[group], choices, strict=True):
-                    depth.add(logits, *choice, token_ids, text_ids)
+                    depth.add(logits, *choice, token_ids, sequence_ids)
                 for change, (_, chosen), (_, following) in zip(changes[group], choices, choices[1:], strict=False):
                     change.add(chosen, following)
     finally:
@@ -194,7 +203,7 @@ def describe_routing(
         raise ValueError("the texts are empty: there is no token to route")
     return {
         "tokens": sums[groups[0]][0].tokens,
-        "texts": sums[groups[0]][0].texts,
+        "sequences": sums[groups[0]][0].sequences,
         "groups": {
             str(group): {
                 "depths": [describe_depth(depth, token_counts, show) for depth in depths],
@@ -215,46 +224,46 @@ def spread(weights: torch.Tensor, experts: torch.Tensor, config: ModernAlbertCon
 
 
 def describe_depth(sums: RoutingSums, token_counts: torch.Tensor, show: Callable[[int], str]) -> dict[str, Any]:
-    """What one run of a MoL layer did.
+    """Routing of one run of a MoL layer.
 
     Args:
-        sums: Of this run.
+        sums: Sums of this run.
         token_counts: Occurrences of each token, `[V]`.
         show: Text of a token id.
 
     Returns:
         `usage`, share of all choices, and `mean_weight`, both `[E]`; `experts_per_token`; `router_entropy`,
-        `usage_entropy`, 1 where even; `together` and `together_lift`, `[E, E]`, the latter None on the diagonal and
-        where nothing is expected; `committees`, see [`find_committee`]; `typical`, see [`typical_tokens`].
+        `usage_entropy`, 1 where even; `coactivation` and `coactivation_lift`, `[E, E]`, the latter None on the diagonal and
+        where nothing is expected; `covering_sets`, see [`find_covering_set`]; `typical`, see [`typical_tokens`].
     """
     usage = sums.usage / sums.usage.sum()
-    together = sums.pairs.double() / sums.tokens
+    joint = sums.pairs.double() / sums.tokens
     apart = 1 - torch.eye(len(usage), dtype=torch.float64)
     expected = apart * torch.outer(usage, usage)
     # Experts that a token chooses are different, so that fewer pairs are possible than independence counts.
-    expected *= (apart * together).sum() / expected.sum()
+    expected *= (apart * joint).sum() / expected.sum()
     return {
         "usage": usage.tolist(),
         "mean_weight": (sums.weights / sums.tokens).tolist(),
         "experts_per_token": sums.usage.sum().item(),
         "router_entropy": sums.entropy / sums.tokens,
         "usage_entropy": torch.special.entr(usage).sum().item() / math.log(len(usage)),
-        "together": together.tolist(),
-        "together_lift": [
+        "coactivation": joint.tolist(),
+        "coactivation_lift": [
             [found / likely if likely > 0 else None for found, likely in zip(*rows, strict=True)]
-            for rows in zip(together.tolist(), expected.tolist(), strict=True)
+            for rows in zip(joint.tolist(), expected.tolist(), strict=True)
         ],
-        "committees": [find_committee(sums, coverage) for coverage in COVERAGES],
+        "covering_sets": [find_covering_set(sums, coverage) for coverage in COVERAGES],
         "typical": [typical_tokens(sums, expert, token_counts, show) for expert in range(len(usage))],
     }
 
 
-def find_committee(sums: RoutingSums, coverage: float) -> dict[str, Any]:
-    """The smallest set of experts that takes a share of all choices, and how far it serves everything.
+def find_covering_set(sums: RoutingSums, coverage: float) -> dict[str, Any]:
+    """The smallest set of experts that takes a share of all choices, and the tokens and sequences that it serves.
 
     Returns:
-        `coverage`; `experts`; `even`, how many experts it would take if all were used alike; share of `tokens` and of
-        `texts` that at least one of them serves; `leading`, share of texts in which one of them has the most weight.
+        `coverage`; `experts`; `even`, the size of the set if all experts were used equally; share of `tokens` and of
+        `sequences` that at least one of them serves; `leading`, share of sequences in which one of them has the most weight.
     """
     choices = sums.pairs.diagonal()
     order = choices.argsort(descending=True, stable=True)
@@ -269,15 +278,15 @@ def find_committee(sums: RoutingSums, coverage: float) -> dict[str, Any]:
         "experts": experts,
         "even": math.ceil(coverage * len(choices) - 1e-9),
         "tokens": share(sums.sets),
-        "texts": share(sums.text_sets),
-        "leading": sums.leading[experts].sum().item() / sums.texts,
+        "sequences": share(sums.sequence_sets),
+        "leading": sums.leading[experts].sum().item() / sums.sequences,
     }
 
 
 def typical_tokens(
     sums: RoutingSums, expert: int, token_counts: torch.Tensor, show: Callable[[int], str]
 ) -> list[dict[str, Any]]:
-    """Tokens that an expert serves more often than it serves others, at most `TYPICAL`, by falling lift.
+    """At most `TYPICAL` tokens that an expert serves more often than the average token, by decreasing lift.
 
     With n occurrences, c of them served, and the expert's share p of all tokens, the lift is `(c + m p) / (n + m) / p`,
     m being `SMOOTHING`: a rare token needs more to stand out.
@@ -297,7 +306,7 @@ def typical_tokens(
 
 
 def describe_change(change: ChangeSums, sums: RoutingSums, following: RoutingSums) -> dict[str, float]:
-    """How alike the sets of a token are at two depths in a row: share that is the same, mean Jaccard, each with chance.
+    """Similarity of a token's sets at two successive depths: share of equal sets and mean Jaccard, each with chance.
 
     Chance is the exact mean over all pairs of a token at the first depth and any token at the second.
     """
@@ -318,13 +327,13 @@ def describe_change(change: ChangeSums, sums: RoutingSums, following: RoutingSum
 
 
 def indicators(sums: RoutingSums) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sets that occur, as 0 and 1 `[sets, E]`, and how often, `[sets]`."""
+    """Sets that occur, as 0 and 1 `[sets, E]`, and their counts, `[sets]`."""
     members = [F.one_hot(torch.tensor(experts), len(sums.weights)).sum(dim=0) for experts in sums.sets]
     return torch.stack(members).double(), torch.tensor(list(sums.sets.values())).double()
 
 
 def show_token(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
-    """A token as a reader sees it, a space as `␣`; bytes that are no character stay in the vocabulary's writing."""
+    """A token as text, with `␣` for a space; incomplete characters are shown as in the vocabulary."""
     text = tokenizer.decode([token_id])
     if "\ufffd" in text or not text:
         return tokenizer.convert_ids_to_tokens(token_id)
@@ -333,33 +342,33 @@ def show_token(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
 
 
 def write_routing_report(path: str | Path, report: dict[str, Any]) -> None:
-    """Writes a page that needs no network, and the report as JSON beside it.
+    """Writes a self-contained page, and the report as JSON beside it, both atomically.
 
     Args:
         path: HTML file.
-        report: Of [`describe_routing`], with the facts `model`, `ffn_modulation`, `router_type` and `text`.
+        report: Output of [`describe_routing`], with the facts `model`, `ffn_modulation`, `router_type` and `text`.
     """
     path = Path(path)
-    write_text(path.with_suffix(".json"), json.dumps(report, indent=1, ensure_ascii=False))
+    write_json(path.with_suffix(".json"), report)
     facts = {name: report[name] for name in ("model", "ffn_modulation", "router_type")}
     facts |= {"text": ", ".join(report["text"])}
-    facts |= {name: f"{report[name]:,}" for name in ("tokens", "texts")}
-    body = [format_table(facts.items()), NOTES]
+    facts |= {name: f"{report[name]:,}" for name in ("tokens", "sequences")}
+    parts = [html_table(facts.items()), NOTES]
     for group, routing in report["groups"].items():
-        body.append(f"<h2>Group {html.escape(group)}</h2>")
-        body.append(format_table(tabulate_depths(routing)))
-        body.append(draw_panels(draw_group(routing)))
-        body.append("<h3>Do a few experts serve everything?</h3>")
-        body.append(format_table(tabulate_committees(routing["depths"])))
+        group = html.escape(group)
+        parts += [f"<h2>Group {group}</h2>", html_table(tabulate_depths(routing))]
+        parts.append(f"<figure>{draw_panels(draw_group(routing))}</figure>")
+        parts += ["<h3>Do a few experts serve everything?</h3>", html_table(tabulate_covering_sets(routing["depths"]))]
         for depth, facts in enumerate(routing["depths"]):
-            body.append(f"<h3>Typical tokens, group {html.escape(group)}, depth {depth}</h3>")
-            body.append(format_table(tabulate_tokens(facts["typical"])))
-    title = html.escape(f"Routing of {report['model']}")
-    write_text(path, PAGE.format(title=title, body="\n".join(body)))
+            parts += [
+                f"<h3>Typical tokens, group {group}, depth {depth}</h3>",
+                html_table(tabulate_tokens(facts["typical"])),
+            ]
+    write_page(path, f"Routing of {report['model']}", parts)
 
 
 def tabulate_depths(routing: dict[str, list]) -> list[tuple[str, ...]]:
-    """One line for each depth below a line of headings; how alike it is to the next, with chance in brackets."""
+    """A header and one row per depth; similarity to the next depth has chance in brackets."""
     rows = [("", "router entropy", "usage entropy", "experts a token", "least, most used", "same set next", "Jaccard")]
     for depth, facts in enumerate(routing["depths"]):
         figures = [f"{facts[name]:.3f}" for name in ("router_entropy", "usage_entropy", "experts_per_token")]
@@ -371,21 +380,23 @@ def tabulate_depths(routing: dict[str, list]) -> list[tuple[str, ...]]:
     return rows
 
 
-def tabulate_committees(depths: list[dict]) -> list[tuple[str, ...]]:
-    """One line for each depth and share of choices below a line of headings."""
-    rows = [("", "share of choices", "experts", "if even", "which", "tokens served", "texts served", "texts led")]
+def tabulate_covering_sets(depths: list[dict]) -> list[tuple[str, ...]]:
+    """A header and one row per depth and share of choices."""
+    rows = [
+        ("", "share of choices", "experts", "if even", "which", "tokens served", "sequences served", "sequences led")
+    ]
     for depth, facts in enumerate(depths):
-        for committee in facts["committees"]:
-            shares = (f"{committee[name]:.0%}" for name in ("tokens", "texts", "leading"))
-            experts = committee["experts"]
+        for covering in facts["covering_sets"]:
+            shares = (f"{covering[name]:.0%}" for name in ("tokens", "sequences", "leading"))
+            experts = covering["experts"]
             which = ", ".join(map(str, experts))
-            counts = (f"{committee['coverage']:.0%}", len(experts), committee["even"])
+            counts = (f"{covering['coverage']:.0%}", len(experts), covering["even"])
             rows.append((f"depth {depth}", *counts, which, *shares))
     return rows
 
 
 def tabulate_tokens(typical: list[list[dict]]) -> list[tuple[str, ...]]:
-    """One line for each expert: its tokens, cut where they are long, with their lifts."""
+    """One row per expert: its tokens, truncated, with their lifts."""
     rows = []
     for expert, tokens in enumerate(typical):
         texts = [token["token"] if len(token["token"]) <= 20 else token["token"][:19] + "…" for token in tokens]
@@ -418,14 +429,14 @@ def draw_group(routing: dict[str, list]) -> list[Callable]:
         axes.set_xticks(range(len(routing["changes"])))
         axes.legend(fontsize="x-small")
 
-    def together(depth, facts):
+    def coactivation(depth, facts):
         def draw(axes):
-            lifts = [[math.nan if lift is None else lift for lift in row] for row in facts["together_lift"]]
+            lifts = [[math.nan if lift is None else lift for lift in row] for row in facts["coactivation_lift"]]
             draw_matrix(axes, lifts, center=1)
-            axes.set(title=f"together, over chance, depth {depth}")
+            axes.set(title=f"co-activation, over chance, depth {depth}")
 
         return draw
 
     panels = [over_depth("usage", "share of choices"), over_depth("mean_weight", "mean weight")]
     panels += [change] if routing["changes"] else []
-    return panels + [together(depth, facts) for depth, facts in enumerate(routing["depths"])]
+    return panels + [coactivation(depth, facts) for depth, facts in enumerate(routing["depths"])]

@@ -1,0 +1,48 @@
+"""A distilled encoder as a SentenceTransformer: the encoder, the mean over tokens, the projection, unit length."""
+
+import logging
+import shutil
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .folder import draft_folder
+
+
+logger = logging.getLogger(__name__)
+
+EMBEDDER_NAME = "sentence-transformer"
+
+
+def write_embedder(folder: str | Path, projection: nn.Linear, max_length: int) -> None:
+    """Writes the folder `sentence-transformer` beside a model that was distilled from pooled sequences.
+
+    Args:
+        folder: Of the model and its tokenizer.
+        projection: From the mean of the model's hidden states to the teacher's vector of a sequence.
+        max_length: Tokens that a longer text is cut to.
+    """
+    try:
+        from sentence_transformers import SentenceTransformer
+
+        try:
+            from sentence_transformers.sentence_transformer import modules
+        except ImportError:  # before 6.0
+            from sentence_transformers import models as modules
+    except ImportError:
+        logger.warning(
+            'no `%s` is written: it needs sentence-transformers, `pip install ".[retrieval]"`', EMBEDDER_NAME
+        )
+        return
+    folder = Path(folder)
+    transformer = modules.Transformer(str(folder), max_seq_length=max_length)
+    dense = modules.Dense(projection.in_features, projection.out_features, activation_function=nn.Identity())
+    with torch.no_grad():
+        dense.linear.weight.copy_(projection.weight)
+        dense.linear.bias.copy_(projection.bias)
+    pooling = modules.Pooling(projection.in_features)
+    embedder = SentenceTransformer(modules=[transformer, pooling, dense, modules.Normalize()], device="cpu")
+    shutil.rmtree(folder / EMBEDDER_NAME, ignore_errors=True)  # of a run that was killed after it
+    with draft_folder(folder / EMBEDDER_NAME) as draft:
+        embedder.save_pretrained(str(draft), create_model_card=False)

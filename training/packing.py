@@ -1,0 +1,173 @@
+"""From texts to batches: tokenised, packed into rows that hold several sequences each, masked and collated."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import torch
+from datasets import Dataset, IterableDataset
+from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, *texts: Sequence[str], **kwargs) -> BatchEncoding:
+    """Tokenises text of a user: the name of a special token in it, such as `[MASK]`, is tokenised as text.
+
+    Args:
+        tokenizer: Any tokenizer of transformers.
+        texts: One list of texts, or two lists for pairs.
+        **kwargs: As for the tokenizer's call.
+    """
+    return tokenizer(*map(list, texts), split_special_tokens=True, **kwargs)
+
+
+def collate_batches(rows: Iterable[dict], collate: Callable[[list[dict]], dict], batch_size: int) -> list[dict]:
+    """Collated batches of at most `batch_size` rows, in order."""
+    rows = list(rows)
+    return [dict(collate(rows[start : start + batch_size])) for start in range(0, len(rows), batch_size)]
+
+
+def pack_texts(
+    texts: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    text_column: str = "text",
+    num_proc: int | None = None,
+) -> Dataset | IterableDataset:
+    """Rows of `max_length` tokens, cut from all texts, each as `[CLS] text [SEP]`.
+
+    No token is lost, and only the last row of each thousand texts is shorter. A text that does not fit continues in the
+    next row; [`PackedCollator`] keeps sequences from attending to each other. Empty texts are dropped. Rows of a
+    `Dataset` are cached on disk by `datasets` and reused by the next run on the same texts; rows of an `IterableDataset`
+    are computed on the fly.
+
+    Args:
+        texts: Rows with the texts.
+        tokenizer: A tokenizer with `[CLS]` and `[SEP]`.
+        max_length: Tokens of a row.
+        text_column: Column that holds the texts.
+        num_proc: Processes that tokenise a `Dataset`.
+
+    Returns:
+        One column, `input_ids`.
+
+    Raises:
+        ValueError: All texts are empty.
+    """
+
+    def pack(batch):
+        filled = [text for text in batch[text_column] if text and not text.isspace()]
+        # Rows are cut here, so the tokenizer need not warn about long texts.
+        encoded = (
+            encode_texts(tokenizer, filled, return_attention_mask=False, verbose=False)["input_ids"] if filled else []
+        )
+        tokens = [token for text in encoded for token in text]
+        return {"input_ids": [tokens[start : start + max_length] for start in range(0, len(tokens), max_length)]}
+
+    if isinstance(texts, IterableDataset):
+        return texts.map(pack, batched=True, remove_columns=[text_column])
+    packed = texts.map(
+        pack, batched=True, remove_columns=[text_column], num_proc=num_proc, desc=f"Packing to {max_length} tokens"
+    )
+    if len(packed) == 0:
+        raise ValueError(f"column '{text_column}' holds no text: all of its {len(texts)} rows are empty")
+    return packed
+
+
+class TokenMasker:
+    """Masks tokens for masked-language modelling; the masks depend on the seed and a key per row alone.
+
+    So a run masks the same tokens when it is resumed, or uses other micro-batches or numbers of processes, and no state
+    has to be saved. Of the chosen tokens 80% become `[MASK]`, 10% a random token, and 10% stay (BERT).
+
+    Args:
+        tokenizer: Its special tokens are never chosen.
+        probability: Share of the other tokens that is chosen.
+        seed: Of everything random.
+        masked_share: Share of the sequences in which tokens are chosen at all.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, probability: float = 0.3, seed: int = 0, masked_share: float = 1.0
+    ):
+        self.masked_share = masked_share
+        self.special = torch.tensor(tokenizer.all_special_ids)
+        self.mask_token_id = tokenizer.mask_token_id
+        self.cls_token_id = tokenizer.cls_token_id
+        self.num_tokens = len(tokenizer)
+        self.probability = probability
+        self.seed = seed
+
+    def choose_sequences(self, input_ids: torch.Tensor, keys: Sequence[tuple[int, ...]]) -> torch.Tensor:
+        """Whether each token is of a sequence that is masked, `[rows, length]`; a `[CLS]` starts a sequence."""
+        rows = []
+        for row, key in zip(input_ids, keys, strict=True):
+            sequence_ids = (row == self.cls_token_id).cumsum(0).cpu()
+            # Other numbers than those that choose tokens, which stay as they are without clean sequences.
+            draws = np.random.default_rng([self.seed, len(key), *key, 1]).random(len(row) + 1)
+            rows.append(torch.from_numpy(draws < self.masked_share)[sequence_ids])
+        return torch.stack(rows).to(input_ids.device)
+
+    def __call__(self, input_ids: torch.Tensor, keys: Sequence[tuple[int, ...]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """`input_ids [rows, length]` with a key for each row, to masked `input_ids` and `labels`, -100 elsewhere."""
+        draws = np.stack(
+            [
+                np.random.default_rng([self.seed, len(key), *key]).random((input_ids.shape[1], 2), dtype=np.float32)
+                for key in keys
+            ]
+        )
+        chance, fate = torch.from_numpy(draws).to(input_ids.device).unbind(dim=-1)
+        special = self.special.to(input_ids.device)
+        chosen = (chance < self.probability) & ~torch.isin(input_ids, special)
+        if self.masked_share < 1:
+            chosen &= self.choose_sequences(input_ids, keys)
+        labels = input_ids.masked_fill(~chosen, -100)
+        masked = input_ids.masked_fill(chosen & (fate < 0.8), self.mask_token_id)
+        random_tokens = ((fate - 0.8) / 0.1 * self.num_tokens).long().clamp(0, self.num_tokens - 1)
+        # A random [CLS] would look like the start of a sequence.
+        swapped = chosen & (fate >= 0.8) & (fate < 0.9) & ~torch.isin(random_tokens, special)
+        return torch.where(swapped, random_tokens, masked), labels
+
+
+def mask_rows(rows: Dataset, masker: TokenMasker) -> Dataset:
+    """Packed rows with fixed masks and `labels`, so that every evaluation predicts the same tokens."""
+
+    def mask(row, index):
+        input_ids, labels = masker(torch.tensor([row["input_ids"]]), [(index,)])
+        return {"input_ids": input_ids[0].tolist(), "labels": labels[0].tolist()}
+
+    return rows.map(mask, with_indices=True, desc="Masking")
+
+
+class PackedCollator:
+    """Pads packed rows to one length, with positions that restart at 0 in every sequence.
+
+    The model starts a new sequence at position 0, see `ModernAlbertModel.forward`.
+
+    Args:
+        tokenizer: For its `[CLS]` and `[PAD]`.
+        max_length: Length of every batch, so that processes have equal shapes; default: that of its longest row.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None):
+        self.max_length = max_length
+        self.cls_token_id = tokenizer.cls_token_id
+        self.pad_token_id = tokenizer.pad_token_id
+
+    def __call__(self, rows: Sequence[dict]) -> dict[str, torch.Tensor]:
+        """Rows of `input_ids` and maybe `labels` to `input_ids`, `attention_mask`, `position_ids`, `labels`."""
+        length = self.max_length or max(len(row["input_ids"]) for row in rows)
+
+        def pad(name, value):
+            return torch.tensor([row[name] + [value] * (length - len(row[name])) for row in rows])
+
+        positions = torch.arange(length)
+        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+        batch = {
+            "input_ids": pad("input_ids", self.pad_token_id),
+            "attention_mask": (positions < lengths[:, None]).long(),
+        }
+        # [CLS] is special, so that it is never masked.
+        starts = torch.where(batch["input_ids"] == self.cls_token_id, positions, 0).cummax(dim=1).values
+        batch["position_ids"] = positions - starts
+        if "labels" in rows[0]:
+            batch["labels"] = pad("labels", -100)
+        return batch
