@@ -11,35 +11,50 @@ takes its LoRAs from there as well (as Relaxed Recursive Transformers do), exper
 end in `-matched` are brought to the parameters of `mol`. With `--tasks`, written as for `benchmarks/merging.py`, the
 models are then fine-tuned.
 
-A run that has ended is not repeated, and one that was stopped goes on. Writes `ablation.json`, `ablation.md`, and
-plots: `ablation.svg`, loss over tokens and quality over parameters, `ablation-usage.svg`, use of the experts over
-depth.
+The command can be given again: a run that has ended is kept, one that was stopped is resumed. Writes `ablation.json`,
+`ablation.md`, and plots: `ablation.svg`, loss over tokens and quality over parameters, `ablation-usage.svg`, use of the
+experts over depth.
 """
 
+import copy
 import json
 import math
-import os
 import statistics
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from merging import cut, fine_tune
-from pretraining import pretrain, read_curve, run, train_tokenizer
+from common import (
+    BATCH,
+    LENGTH,
+    MASKED,
+    bind_folder,
+    count,
+    fine_tune,
+    format_table,
+    limit_rows,
+    positive,
+    pretrain,
+    read_curve,
+    read_tasks,
+    run_jobs,
+    start_script,
+    train_tokenizer,
+)
 from scipy.stats import t
 
 from modernalbert import ModernAlbertConfig, ModernAlbertModel
 from modernalbert.configuration_modernalbert import PRESETS
 from modernalbert.tokenization import load_tokenizer, padded_vocab_size
-from modernalbert.training.reports.curves import draw_panels
+from modernalbert.training.cli import run_script
+from modernalbert.training.reports.html import draw_panels
 from modernalbert.training.reports.routing import describe_routing, draw_group, read_batches
-from modernalbert.training.runs import write_text
+from modernalbert.training.runs import write_json, write_text
 
 
-# Fields over the preset's, which is `mol`. What `unshared` and `-matched` change beside, `overrides` finds out.
+# Fields that differ from the preset's, which is `mol`. `overrides` adds what `unshared` and `-matched` need.
 VARIANTS = {
     "unshared": {"ffn_modulation": "none"},
     "none": {"ffn_modulation": "none"},
@@ -56,20 +71,55 @@ VARIANTS = {
 }
 OPTIONAL = ("mol-soft", "mol-top_p", "mol-sequence")
 PAIRS = [("mol", other + kind) for kind in ("", "-matched") for other in ("none", "depth_lora", "moa")]
-LENGTH, MASKED = 128, 0.3  # of the rows of `pretrain`, for the count of operations
 USAGE_TOKENS = 20_000
 
 
+def match_parameters(config: ModernAlbertConfig, total: int) -> ModernAlbertConfig:
+    """A copy of a configuration with as many parameters as another model, within 2%, for a fair comparison.
+
+    One field is changed: `expert_rank`, with `"none"` `mol_intermediate_size`. `expert_alpha` stays.
+
+    Args:
+        config: Configuration to copy.
+        total: Parameters of the other model, see `ModernAlbertConfig.num_parameters`.
+
+    Raises:
+        ValueError: No value of the field comes near enough.
+    """
+    field = "mol_intermediate_size" if config.modulation == "none" else "expert_rank"
+
+    def replace(value: int) -> ModernAlbertConfig:
+        changed = copy.deepcopy(config)
+        setattr(changed, field, value)
+        return changed
+
+    least = replace(1).num_parameters()
+    step = replace(2).num_parameters() - least
+    # The count is linear in the field.
+    value = 1 + max(round((total - least) / step), 0) if step else getattr(config, field)
+    if step and field == "expert_rank":
+        value = min(value, config.largest_rank)
+    matched = replace(value)
+    reached = matched.num_parameters()
+    if abs(reached - total) > 0.02 * total:
+        raise ValueError(
+            f"`{field}` cannot bring this model to {total:,} parameters: the nearest is {reached:,} at {value}; "
+            "change `mol_groups`, or other fields that set its size"
+        )
+    matched.validate()
+    return matched
+
+
 def overrides(name: str, preset: str, vocab_size: int) -> dict[str, Any]:
-    """Fields of a variant's configuration that differ from its preset's."""
+    """All fields in which a variant's configuration differs from its preset's."""
     fields = dict(VARIANTS[name])
     sizes = {"vocab_size": vocab_size, "pad_token_id": None}  # the preset's may lie outside another vocabulary
     base = ModernAlbertConfig.preset(preset, **sizes)
     if name == "unshared":
-        wide = [layer for layer in range(base.num_hidden_layers) if layer // base.layers_per_group in base.mol_groups]
-        fields |= {"num_hidden_groups": base.num_hidden_layers, "mol_groups": wide}
+        mol = [layer for layer in range(base.num_hidden_layers) if layer // base.layers_per_group in base.mol_groups]
+        fields |= {"num_hidden_groups": base.num_hidden_layers, "mol_groups": mol}
     elif name.endswith("-matched"):
-        config = ModernAlbertConfig.preset(preset, **sizes, **fields).match_parameters(base.num_parameters())
+        config = match_parameters(ModernAlbertConfig.preset(preset, **sizes, **fields), base.num_parameters())
         fields |= {field: getattr(config, field) for field in ("expert_rank", "mol_intermediate_size")}
         fields["expert_alpha"] = base.expert_alpha * config.expert_rank / base.expert_rank  # the scale of `mol`
     return fields
@@ -79,34 +129,33 @@ def run_folder(args: Namespace, name: str, rate: float, seed: int) -> Path:
     return args.output_dir / f"{name}-{args.steps}-{rate:g}-{seed}"
 
 
-def shape(args: Namespace, name: str) -> tuple[str, ...]:
+def initial_folder(args: Namespace, name: str, seed: int) -> Path:
+    return args.output_dir / f"{name}-start-{seed}"
+
+
+def model_arguments(args: Namespace, name: str) -> tuple[str, ...]:
     """Arguments of a script that builds a variant."""
     fields = overrides(name, args.preset, padded_vocab_size(load_tokenizer(args.output_dir / "tokenizer")))
     return ("--preset", args.preset, "--config_overrides", json.dumps(fields))
 
 
-def start_folder(args: Namespace, name: str, seed: int) -> Path:
-    return args.output_dir / f"{name}-start-{seed}"
-
-
 def initialise(args: Namespace, name: str, seed: int) -> None:
-    """A variant that starts from the teacher, unless it is there."""
-    folder = start_folder(args, name, seed)
+    """Writes a variant with weights of the teacher, unless it is there."""
+    folder = initial_folder(args, name, seed)
     if not folder.exists():
         experts = "svd" if VARIANTS[name].get("ffn_modulation") == "depth_lora" else "zero"
         source = ("--teacher", args.teacher, "--experts", experts, "--seed", str(seed))
-        run("init_from_teacher", *source, *shape(args, name), "--output_dir", str(folder))
+        start_script("init_from_teacher", *source, *model_arguments(args, name), "--output_dir", str(folder))
 
 
 def train(args: Namespace, name: str, rate: float, seed: int) -> None:
     """One run of pretraining, unless it has ended before."""
     begin, folder = time.perf_counter(), run_folder(args, name, rate, seed)
-    settings = Namespace(**{**vars(args), "learning_rate": rate})
     if args.teacher:
-        model = ("--model_name_or_path", str(start_folder(args, name, seed)))
+        model = ("--model_name_or_path", str(initial_folder(args, name, seed)))
     else:
-        model = shape(args, name)
-    pretrain(settings, folder, args.steps, seed, *model)
+        model = model_arguments(args, name)
+    pretrain(args, folder, args.steps, seed, rate, *model)
     print(f"{folder.name}: {read_losses(folder)}, {time.perf_counter() - begin:.0f} s", flush=True)
 
 
@@ -135,19 +184,7 @@ def tune(args: Namespace, name: str, seed: int, task: str) -> None:
     output_dir = best_run(args, name, seed, task)
     if not (output_dir / "results.json").exists():
         fields = json.loads((args.output_dir / f"task-{task}" / "task.json").read_text())
-        fine_tune(args, best_run(args, name, seed), fields, output_dir, seed)
-
-
-def run_all(args: Namespace, function: Callable, jobs: list[tuple]) -> None:
-    """Runs jobs, `--processes` at a time; the first that fails, or Ctrl-C, keeps those that wait from starting."""
-    with ThreadPoolExecutor(args.processes) as pool:
-        futures = [pool.submit(function, args, *job) for job in jobs]
-        try:
-            for future in futures:
-                future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+        fine_tune(best_run(args, name, seed), fields, output_dir, seed, args.epochs)
 
 
 def compare(ours: list[float], others: list[float]) -> dict[str, float | None]:
@@ -221,38 +258,39 @@ def collect(args: Namespace, tasks: list[str]) -> dict[str, Any]:
             scores = [100 * next(iter(json.loads(path.read_text())["scores"].values())) for path in found]
             measures.setdefault(task, {})[name] = scores
     measures = {measure: summarise(values, measure in tasks) for measure, values in measures.items()}
-    return {"tokens": args.steps * 8 * LENGTH, "seeds": args.seeds, "variants": variants, "measures": measures}
+    return {"tokens": args.steps * BATCH * LENGTH, "seeds": args.seeds, "variants": variants, "measures": measures}
 
 
 def tabulate(results: dict[str, Any]) -> str:
     """Markdown: for each measure a table of the variants and one of the pairs."""
-    lines = []
+    tables = []
     for measure, figures in results["measures"].items():
         digits = 3 if "loss" in measure else 1
 
         def number(value, half, sign="", digits=digits):
             return f"{value:{sign}.{digits}f}" + (f" ± {half:.{digits}f}" if half is not None else "")
 
-        heading = f"{measure}, {results['tokens'] / 1e6:.2f}M tokens, {len(results['seeds'])} seeds"
-        columns = ("parameters (M)", "MFLOP a token", "learning rate", "mean ± standard error")
-        columns = (heading, *columns, "minus none, 95% interval", "gap closed")
-        lines += ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+        rows = []
         for name, own in figures["variants"].items():
             variant, difference = results["variants"][name], own["minus_none"]
-            cells = (
-                f"{variant['parameters'] / 1e6:.3f}",
-                f"{variant['flops_per_token'] / 1e6:.2f}",
-                f"{variant['learning_rate']:g}" + (" (edge)" if variant["at_edge_of_sweep"] else ""),
-                number(own["mean"], own["standard_error"]),
-                "" if difference is None or name == "none" else number(*difference.values(), "+"),
-                "" if own["gap_closed"] is None or name == "none" else f"{own['gap_closed']:.0%}",
+            rows.append(
+                [
+                    name,
+                    f"{variant['parameters'] / 1e6:.3f}",
+                    f"{variant['flops_per_token'] / 1e6:.2f}",
+                    f"{variant['learning_rate']:g}" + (" (edge)" if variant["at_edge_of_sweep"] else ""),
+                    number(own["mean"], own["standard_error"]),
+                    "" if difference is None or name == "none" else number(*difference.values(), "+"),
+                    "" if own["gap_closed"] is None or name == "none" else f"{own['gap_closed']:.0%}",
+                ]
             )
-            lines.append("| " + " | ".join((name, *cells)) + " |")
+        heading = f"{measure}, {results['tokens'] / 1e6:.2f}M tokens, {len(results['seeds'])} seeds"
+        columns = ("parameters (M)", "MFLOP per token", "learning rate", "mean ± standard error")
+        tables.append(format_table([heading, *columns, "minus none, 95% interval", "gap closed"], rows))
         if figures["pairs"]:
-            lines += ["", "| pair | difference, 95% interval |", "|---|---|"]
-            lines += [f"| {pair} | {number(*found.values(), '+')} |" for pair, found in figures["pairs"].items()]
-        lines.append("")
-    return "\n".join(lines)
+            pairs = [[pair, number(*found.values(), "+")] for pair, found in figures["pairs"].items()]
+            tables.append(format_table(["pair", "difference, 95% interval"], pairs))
+    return "\n\n".join(tables) + "\n"
 
 
 def draw_results(results: dict[str, Any]) -> list[Callable]:
@@ -315,34 +353,40 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("runs/benchmark-ablation"))
     parser.add_argument("--preset", choices=PRESETS, default="nano", help="shape, of which the variants differ")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=[v for v in VARIANTS if v not in OPTIONAL])
-    parser.add_argument("--steps", type=int, default=1000, help="of each run, of 8 rows x 128 tokens")
-    parser.add_argument("--learning_rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3])
+    parser.add_argument(
+        "--steps", type=count, default=1000, help=f"of each run, of {BATCH} sequences x {LENGTH} tokens"
+    )
+    parser.add_argument("--learning_rates", type=positive, nargs="+", default=[1e-3, 2e-3, 4e-3])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--max_eval_samples", type=int, default=256)
-    parser.add_argument("--epochs", type=int, default=3, help="of fine-tuning")
-    parser.add_argument("--train_rows", type=int, default=4000, help="of each task")
-    parser.add_argument("--validation_examples", type=int, default=2000, help="of each task")
-    parser.add_argument("--processes", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--max_eval_samples", type=count, default=256)
+    parser.add_argument("--epochs", type=count, default=3, help="of fine-tuning")
+    parser.add_argument("--train_rows", type=count, default=4000, help="of each task")
+    parser.add_argument("--validation_examples", type=count, default=2000, help="of each task")
+    parser.add_argument("--processes", type=count, default=2, help="runs at a time, one thread each")
     args = parser.parse_args(argv)
-    os.environ["OMP_NUM_THREADS"] = "1"
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    tasks = read_tasks(args.tasks, "train_files", "validation_files")
+    chosen = ("variants", "steps", "learning_rates", "seeds")  # the folders of the runs tell these apart
+    bind_folder(args, tasks, ignore=chosen, models=[args.teacher] if args.teacher else [])
+
+    def run_all(function: Callable, jobs: list[tuple]) -> None:
+        run_jobs(args.processes, function, [(args, *job) for job in jobs])
+
     if args.teacher:
         load_tokenizer(args.teacher).save_pretrained(args.output_dir / "tokenizer")
-        run_all(args, initialise, [(name, seed) for name in args.variants for seed in args.seeds])
+        run_all(initialise, [(name, seed) for name in args.variants for seed in args.seeds])
     else:
         train_tokenizer(args)
-    run_all(args, train, [(name, rate, args.seeds[0]) for name in args.variants for rate in args.learning_rates])
+    run_all(train, [(name, rate, args.seeds[0]) for name in args.variants for rate in args.learning_rates])
     rates = {name: next(iter(sweep(args, name))) for name in args.variants}
-    run_all(args, train, [(name, rates[name], seed) for seed in args.seeds[1:] for name in args.variants])
-    tasks = json.loads(Path(args.tasks).read_text()) if args.tasks else {}
+    run_all(train, [(name, rates[name], seed) for seed in args.seeds[1:] for name in args.variants])
     for name, task in tasks.items():
         folder = args.output_dir / f"task-{name}"
         folder.mkdir(exist_ok=True)
-        write_text(folder / "task.json", json.dumps(cut(task, folder, args)))
-    run_all(args, tune, [(name, seed, task) for task in tasks for seed in args.seeds for name in args.variants])
+        write_json(folder / "task.json", limit_rows(args, task, folder))
+    run_all(tune, [(name, seed, task) for task in tasks for seed in args.seeds for name in args.variants])
 
     results = collect(args, list(tasks))
-    write_text(args.output_dir / "ablation.json", json.dumps(results, indent=1))
+    write_json(args.output_dir / "ablation.json", results)
     write_text(args.output_dir / "ablation.md", tabulate(results))
     write_text(args.output_dir / "ablation.svg", draw_panels(draw_results(results)))
     if panels := draw_usage(args):
@@ -351,4 +395,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

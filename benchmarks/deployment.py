@@ -5,10 +5,9 @@
     python benchmarks/deployment.py --model runs/tiny --text held_out.jsonl     # masked-LM loss instead
 
 The first form compares with transformers' ModernBERT of the same depth, hidden width and layer types, its feed-forward
-layers as wide as ours are on average, and a folded model with one of its shape that never had experts. Rows are timed in
-turn, A B C A B C ..., all with the same number of threads; a figure is the median, a ratio the median of the ratios
-within a turn. `--model` takes a masked language model with or without experts, whose folder has a tokenizer.
-Output is Markdown.
+layers as wide as ours are on average, and a folded model with one of its shape that never had experts. The forms are
+timed in turn, all with the same number of threads; a figure is the median, a ratio the median of the ratios within a
+turn. `--model` takes a masked language model with or without experts, whose folder has a tokenizer. Output is Markdown.
 """
 
 import argparse
@@ -21,14 +20,15 @@ import onnxruntime
 import torch
 import torch.nn.functional as F
 import transformers
-from speed import batches, interleave, machine
+from common import count, describe_machine, fill_experts, format_table, interleave, make_batches, ratio
 from transformers import ModernBertConfig, ModernBertForSequenceClassification
 
 from modernalbert import ModernAlbertConfig, ModernAlbertForMaskedLM, ModernAlbertForSequenceClassification
-from modernalbert.mixture_modernalbert import ModernAlbertExperts
 from modernalbert.tokenization import load_tokenizer
-from modernalbert.training.data import TokenMasker, load_texts, pack_texts
+from modernalbert.training.cli import run_script
+from modernalbert.training.data import load_texts
 from modernalbert.training.export.onnx import open_session, quantize_onnx, write_onnx
+from modernalbert.training.packing import TokenMasker, pack_texts
 
 
 BASE = "ModernBERT, PyTorch fp32"
@@ -94,11 +94,7 @@ def benchmark_latency(preset: str, repeats: int) -> list[list[str]]:
     """Rows of the table: size, and milliseconds and ratio to ModernBERT for each batch."""
     torch.manual_seed(0)
     config = ModernAlbertConfig.preset(preset)
-    model = ModernAlbertForSequenceClassification(config).eval()
-    for module in model.modules():
-        if isinstance(module, ModernAlbertExperts):  # merged at zero, they would leave nothing to fold
-            torch.nn.init.normal_(module.in_B, std=0.02)
-            torch.nn.init.normal_(module.out_B, std=0.02)
+    model = fill_experts(ModernAlbertForSequenceClassification(config).eval())  # at zero there is nothing to fold
     bert = ModernBertForSequenceClassification(modernbert_config(config)).eval()
     ours = forms_of(model)
     folded = ours["folded, PyTorch fp32"]
@@ -115,16 +111,15 @@ def benchmark_latency(preset: str, repeats: int) -> list[list[str]]:
     runs = dict(sorted(runs.items(), key=lambda run: not run[0].startswith("ModernBERT")))
 
     columns = []
-    for shape, inputs in reversed(batches(8, 128).items()):
+    for shape, inputs in reversed(make_batches(8, 128).items()):
         inputs["input_ids"] %= config.vocab_size
         calls = {name: lambda run=run: run(inputs) for name, run in runs.items()}  # noqa: B023
         columns.append((shape, interleave(calls, repeats, shape)))
-    rows = [["", "MB", *(f"{shape} (ms) | ratio" for shape, _ in columns)]]
+    rows = [["", "MB", *(cell for shape, _ in columns for cell in (f"{shape} (ms)", "ratio"))]]
     for name in runs:
         rows.append([name, f"{sizes[name]:.0f}"])
         for _, times in columns:
-            ratio = median(a / b for a, b in zip(times[name], times[BASE], strict=True))
-            rows[-1].append(f"{1e3 * median(times[name]):.1f} | {ratio:.2f}")
+            rows[-1] += [f"{1e3 * median(times[name]):.1f}", f"{ratio(times[name], times[BASE]):.2f}"]
     return rows
 
 
@@ -160,11 +155,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="tiny", help="size of the model with random weights")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions")
-    parser.add_argument("--repeats", type=int, help="counted repetitions (15; quick: 3)")
-    parser.add_argument("--threads", type=int, help="of torch and onnxruntime; default: torch's")
+    parser.add_argument("--repeats", type=count, help="counted repetitions (15; quick: 3)")
+    parser.add_argument("--threads", type=count, help="of torch and onnxruntime; default: torch's")
     parser.add_argument("--model", help="folder of a masked language model, for its loss in place of latency")
     parser.add_argument("--text", nargs="+", help="texts for the loss, which the model was not trained on")
-    parser.add_argument("--max_rows", type=int, default=256, help="rows of 128 tokens to take the loss of")
+    parser.add_argument("--max_rows", type=count, default=256, help="rows of 128 tokens to take the loss of")
     args = parser.parse_args(argv)
     if (args.model is None) != (args.text is None):
         parser.error("give `--model` and `--text` together")
@@ -176,13 +171,10 @@ def main(argv: list[str] | None = None) -> None:
         rows = benchmark_quality(args.model, args.text, args.max_rows)
     else:
         rows = benchmark_latency(args.preset, args.repeats or (3 if args.quick else 15))
-    print(
-        ", ".join(f"{key} {value}" for key, value in machine().items()) + f", onnxruntime {onnxruntime.__version__}\n"
-    )
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    lines.insert(1, "|---" * (lines[0].count("|") - 1) + "|")
-    print("\n".join(lines))
+    about = {**describe_machine(), "onnxruntime": onnxruntime.__version__}
+    print(", ".join(f"{key} {value}" for key, value in about.items()) + "\n")
+    print(format_table(rows[0], rows[1:]))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 import transformers
+from common import MASKED, count, format_table, positive
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from transformers import AttentionInterface, AutoModelForMaskedLM
@@ -20,9 +21,9 @@ from transformers import AttentionInterface, AutoModelForMaskedLM
 from modernalbert import ModernAlbertConfig
 from modernalbert.configuration_modernalbert import PRESETS
 from modernalbert.modeling_modernalbert import ModernAlbertLayer
+from modernalbert.training.cli import run_script
 
 
-MASKED = 0.3  # the default of scripts/pretrain.py
 GPUS = 8
 MEMORY = 80e9
 USABLE = 0.9  # of the memory; the rest is for gradients on their way, communication and fragmentation
@@ -50,7 +51,7 @@ def flash_attention(module, query, key, value, attention_mask, **kwargs):
 
 
 def run_forward(config: ModernAlbertConfig, rows: int, seq_length: int) -> Pass:
-    """Runs the masked-LM model forward on `rows` full texts and watches what it keeps and computes."""
+    """Runs the masked-LM model forward on `rows` full sequences, and records what it keeps and computes."""
     AttentionInterface.register("counted", flash_attention)
     storages = {}
     layers = []  # of each executed layer: bytes of the input, bytes kept before and after it
@@ -78,9 +79,10 @@ def run_forward(config: ModernAlbertConfig, rows: int, seq_length: int) -> Pass:
         labels = input_ids.flatten()[: round(MASKED * rows * seq_length)]
         saving = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
         with saving, counter, torch.autocast("cpu", torch.bfloat16):
-            outputs = model.run_encoder(True, None, {}, input_ids=input_ids)
+            outputs = model.run_encoder(True, None, input_ids)
             # Which tokens are labelled is data, which fake tensors lack: take the first ones.
-            logits = model.decoder(model.lm_head(outputs.last_hidden_state.flatten(0, 1)[: len(labels)]))
+            states = model.head(outputs.last_hidden_state.flatten(0, 1)[: len(labels)])
+            logits = model.decoder(model.decoder_projection(states))
             loss = model.loss_function(logits, labels, vocab_size=config.vocab_size)
             loss = model.total_loss(loss, outputs.aux_loss, 1.0)
     inputs = sum(size for size, _, _ in layers)
@@ -95,13 +97,8 @@ def measure(config: ModernAlbertConfig, seq_length: int) -> dict[str, float]:
     return {**per_token, "constant": one.kept - per_token["kept"] * seq_length}
 
 
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def tables(seq_length: int, mfu: float, peak_tflops: float, tokens: float) -> str:
-    """Both tables, of the presets that take texts of `seq_length`."""
+    """Both tables, of the presets that take sequences of `seq_length`."""
     compute, memory = [], []
     for name in PRESETS:
         config = ModernAlbertConfig.preset(name)
@@ -144,23 +141,23 @@ def tables(seq_length: int, mfu: float, peak_tflops: float, tokens: float) -> st
     return "\n\n".join(
         [
             f"{about}; {mfu:.0%} of {peak_tflops:g} TFLOP/s; days for {tokens / 1e9:g}B tokens.",
-            markdown(compute_header, compute),
+            format_table(compute_header, compute, numbers=True),
             f"{about}; bf16 by autocast; {USABLE:.0%} of {MEMORY / 1e9:.0f} GB is filled.",
-            markdown(memory_header, memory),
+            format_table(memory_header, memory, numbers=True),
         ]
     )
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seq_length", type=int, default=1024, help="tokens of a row, one text")
-    parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that is reached: an assumption")
-    parser.add_argument("--peak_tflops", type=float, default=989, help="dense bf16 peak of a GPU (H100 SXM's)")
-    parser.add_argument("--tokens", type=float, default=30e9, help="tokens of the run")
+    parser.add_argument("--seq_length", type=count, default=1024, help="tokens of a row, one sequence")
+    parser.add_argument("--mfu", type=positive, default=0.4, help="share of the peak that is reached: an assumption")
+    parser.add_argument("--peak_tflops", type=positive, default=989, help="dense bf16 peak of a GPU (H100 SXM's)")
+    parser.add_argument("--tokens", type=positive, default=30e9, help="tokens of the run")
     args = parser.parse_args(argv)
     transformers.logging.set_verbosity_error()
     print(tables(args.seq_length, args.mfu, args.peak_tflops, args.tokens))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -4,38 +4,36 @@
     python benchmarks/speed.py --quick        # fewer repetitions, smaller batches; about 2 minutes
     python benchmarks/speed.py --only mol     # one part: mol, encoder or memory
 
-Rows of a table are timed in turn, A B C A B C ..., so that a drift of the machine's speed falls on all of them alike;
-the figure is the median, and the ratio is the median of the ratios within a turn. The table goes to the terminal, and
-with `--output FILE` to JSON, with the machine and the versions. On a CUDA device models run in bf16 with sdpa (torch's
-variable-length attention) and, where flash-attn is installed, with `flash_attention_2`.
+The rows of a table are timed in turn; a figure is the median, a ratio the median of the ratios within a turn. The tables
+go to the terminal, and with `--output FILE` to JSON, with the machine and the versions. On a CUDA device models run in
+bf16 with sdpa (torch's variable-length attention) and, where flash-attn is installed, with `flash_attention_2`.
 """
 
 import argparse
 import json
-import platform
 import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 from statistics import median
 
 import torch
 import transformers
+from common import DEVICE, count, describe_machine, fill_experts, interleave, make_batches, ratio
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from transformers import AlbertConfig, AutoModel, BertConfig, ModernBertConfig
 
 from modernalbert import ModernAlbertConfig
-from modernalbert.mixture_modernalbert import ModernAlbertExperts, ModernAlbertMLP, ModernAlbertMoL
+from modernalbert.mixture_modernalbert import ModernAlbertMLP, ModernAlbertMoL
+from modernalbert.training.cli import run_script
 
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 from reference import naive_mol  # noqa: E402
 
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 
 # Same depth and widths for the pair that is compared block by block: 14 layers, 768 wide, feed-forward 1152, full
@@ -61,35 +59,12 @@ ENCODERS = {
 
 
 def build(name: str, attention: str = "sdpa") -> torch.nn.Module:
-    """Encoder of [`ENCODERS`] with random weights, experts away from zero."""
+    """Encoder of [`ENCODERS`] with random weights."""
     torch.manual_seed(0)
-    model = AutoModel.from_config(ENCODERS[name](), attn_implementation=attention, dtype=DTYPE)
-    for module in model.modules():
-        if isinstance(module, ModernAlbertExperts):
-            torch.nn.init.normal_(module.in_B, std=0.02)
-            torch.nn.init.normal_(module.out_B, std=0.02)
+    model = fill_experts(AutoModel.from_config(ENCODERS[name](), attn_implementation=attention, dtype=DTYPE))
     if "folded" in name:
         model.merge_experts()
     return model.to(DEVICE).eval()
-
-
-def synchronise() -> None:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-
-
-def interleave(calls: dict, repeats: int, title: str) -> dict:
-    """Median seconds of each call, and the times themselves, over interleaved repetitions."""
-    times = {name: [] for name in calls}
-    for turn in track(range(repeats + 1), description=title, transient=True, console=Console(stderr=True)):
-        for name, call in calls.items():
-            synchronise()
-            start = time.perf_counter()
-            call()
-            synchronise()
-            if turn:  # the first turn warms up
-                times[name].append(time.perf_counter() - start)
-    return times
 
 
 def report(console: Console, title: str, times: dict, references: dict) -> list[dict]:
@@ -99,15 +74,12 @@ def report(console: Console, title: str, times: dict, references: dict) -> list[
         table.add_column(column, justify="left" if not column else "right")
     rows = []
     for name, values in times.items():
-        ratios = {
-            other: median(a / b for a, b in zip(values, times[other], strict=True))
-            for other in references.get(name, ())
-        }
+        ratios = {other: ratio(values, times[other]) for other in references.get(name, ())}
         rows.append({"case": title, "name": name, "milliseconds": [1e3 * value for value in values], "ratios": ratios})
         table.add_row(
             name,
             *(f"{1e3 * figure(values):.1f}" for figure in (median, min, max)),
-            "\n".join(f"{ratio:.2f} x {other}" for other, ratio in ratios.items()),
+            "\n".join(f"{value:.2f} x {other}" for other, value in ratios.items()),
         )
     console.print(table)
     return rows
@@ -158,19 +130,6 @@ def benchmark_mol(console: Console, repeats: int, tokens: int = 2048) -> list[di
     return rows
 
 
-def batches(batch: int, seq: int) -> dict[str, dict]:
-    """A full batch, one at about 60% fill, and one sentence."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(1000, 30000, (batch, seq), generator=generator).to(DEVICE)
-    lengths = torch.linspace(0.2, 1.0, batch).mul(seq).long()  # mean 0.6
-    mask = (torch.arange(seq) < lengths[:, None]).long().to(DEVICE)
-    return {
-        f"{batch} x {seq} full": {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
-        f"{batch} x {seq} at {mask.float().mean():.0%}": {"input_ids": ids, "attention_mask": mask},
-        "1 x 24, one sentence": {"input_ids": ids[:1, :24], "attention_mask": torch.ones_like(ids[:1, :24])},
-    }
-
-
 def benchmark_encoders(console: Console, repeats: int, batch: int, seq: int) -> list[dict]:
     """(b) Encoders against each other, and (c, in part) their parameters."""
     models = {name: build(name) for name in ENCODERS}
@@ -183,7 +142,7 @@ def benchmark_encoders(console: Console, repeats: int, batch: int, seq: int) -> 
     }
     optimizers = {name: torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True) for name, model in models.items()}
     rows = []
-    for shape, inputs in batches(batch, seq).items():
+    for shape, inputs in make_batches(batch, seq).items():
         for train in (False, True):
             calls = {
                 name: lambda name=name: passes(models[name], inputs, train, optimizers[name])  # noqa: B023
@@ -198,7 +157,7 @@ def measure_memory(name: str, train: bool, batch: int, seq: int) -> None:
     """In a process of its own: prints parameters and peak memory beyond the start, as JSON."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     model = build(name)
-    inputs = next(iter(batches(batch, seq).values()))
+    inputs = next(iter(make_batches(batch, seq).values()))
     passes(model, inputs, train)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
     if DEVICE == "cuda":
@@ -230,27 +189,13 @@ def benchmark_memory(console: Console, batch: int, seq: int) -> list[dict]:
     return rows
 
 
-def machine() -> dict:
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0].split(":")[1].strip() if names else cpu
-    return {
-        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else f"{cpu}, {torch.get_num_threads()} threads",
-        "dtype": str(DTYPE).removeprefix("torch."),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer repetitions, smaller batches")
     parser.add_argument("--only", choices=["mol", "encoder", "memory"], help="one part")
-    parser.add_argument("--repeats", type=int, help="counted repetitions (9; quick: 3)")
-    parser.add_argument("--batch", type=int, help="rows of a batch (8; quick: 4)")
-    parser.add_argument("--seq", type=int, help="tokens of a row (256; quick: 128)")
+    parser.add_argument("--repeats", type=count, help="counted repetitions (9; quick: 3)")
+    parser.add_argument("--batch", type=count, help="sequences of a batch (8; quick: 4)")
+    parser.add_argument("--seq", type=count, help="tokens of a sequence (256; quick: 128)")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--train", type=int, default=0, help=argparse.SUPPRESS)
@@ -262,7 +207,7 @@ def main(argv: list[str] | None = None) -> None:
 
     transformers.logging.set_verbosity_error()
     console = Console(width=110)
-    about = machine()
+    about = {**describe_machine(), "dtype": str(DTYPE).removeprefix("torch.")}
     console.print(", ".join(f"{key} {value}" for key, value in about.items()))
     rows = []
     if args.only in (None, "mol"):
@@ -277,4 +222,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -3,9 +3,9 @@
     python benchmarks/throughput.py --tokenizer answerdotai/ModernBERT-base --train_data "prose/*.parquet"
 
 Both train on the same packed rows, with the same depth, widths, vocabulary, batch, optimizer and masking rate, the head
-at masked positions only. The plain run is transformers' own: its collator masks, and texts of a row see each other. Rounds
-alternate, and each figure is the median over the steps of all rounds. `routed` has the Mixture of LoRAs of the preset in
-the last two groups, at the same width.
+at masked positions only. The plain run is transformers' own: its collator masks, and the sequences of a row see each
+other. Rounds alternate, and each figure is the median over the steps of all rounds. `routed` has the Mixture of LoRAs of
+the preset in the last two groups, at the same width.
 """
 
 import statistics
@@ -14,6 +14,7 @@ import time
 from argparse import ArgumentParser
 
 import torch
+from common import count, describe_machine, format_table, synchronise
 from transformers import (
     DataCollatorForLanguageModeling,
     ModernBertConfig,
@@ -25,7 +26,9 @@ from transformers import (
 
 from modernalbert import ModernAlbertConfig, ModernAlbertForMaskedLM
 from modernalbert.tokenization import load_tokenizer, padded_vocab_size
-from modernalbert.training.data import PackedCollator, TokenMasker, load_texts, pack_texts
+from modernalbert.training.cli import run_script
+from modernalbert.training.data import load_texts
+from modernalbert.training.packing import PackedCollator, TokenMasker, pack_texts
 from modernalbert.training.pretraining import PretrainingTrainer
 
 
@@ -36,8 +39,7 @@ class StepTimes(TrainerCallback):
         self.seconds = seconds
 
     def on_step_end(self, args, state, control, **kwargs):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        synchronise()
         now = time.perf_counter()
         if state.global_step > 2:
             self.seconds.append(now - self.before)
@@ -67,19 +69,19 @@ def build(args, tokenizer) -> dict:
     }
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--train_data", nargs="+", required=True)
-    parser.add_argument("--hidden_size", type=int, default=384)
-    parser.add_argument("--intermediate_size", type=int, default=576)
-    parser.add_argument("--num_hidden_layers", type=int, default=12)
-    parser.add_argument("--max_length", type=int, default=512)
-    parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=8, help="of a round")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--hidden_size", type=count, default=384)
+    parser.add_argument("--intermediate_size", type=count, default=576)
+    parser.add_argument("--num_hidden_layers", type=count, default=12)
+    parser.add_argument("--max_length", type=count, default=512)
+    parser.add_argument("--batch_size", type=count, default=4)
+    parser.add_argument("--steps", type=count, default=8, help="of a round")
+    parser.add_argument("--rounds", type=count, default=3)
     parser.add_argument("--bf16", action="store_true")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     tokenizer = load_tokenizer(args.tokenizer)
     texts = load_texts(args.train_data)
@@ -118,18 +120,15 @@ def main() -> None:
 
     tokens = args.batch_size * args.max_length
     baseline = statistics.median(seconds["ModernBERT, plain Trainer"])
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    print(
-        f"{args.num_hidden_layers} x {args.hidden_size}/{args.intermediate_size}, {args.batch_size} rows of "
-        f"{args.max_length} tokens, vocabulary {padded_vocab_size(tokenizer)}, {device}\n"
-    )
-    print("| | parameters | seconds a step | tokens/s | throughput |\n|---|---|---|---|---|")
+    about = [f"{args.num_hidden_layers} x {args.hidden_size}/{args.intermediate_size}"]
+    about += [f"{args.batch_size} rows of {args.max_length} tokens", f"vocabulary {padded_vocab_size(tokenizer)}"]
+    print(", ".join(about + [f"{key} {value}" for key, value in describe_machine().items()]) + "\n")
+    rows = []
     for name, model in models.items():
-        step = statistics.median(seconds[name])
-        print(
-            f"| {name} | {model.num_parameters() / 1e6:.1f}M | {step:.3f} | {tokens / step:,.0f} | {baseline / step:.2f} |"
-        )
+        step, size = statistics.median(seconds[name]), model.num_parameters() / 1e6
+        rows.append([name, f"{size:.1f}M", f"{step:.3f}", f"{tokens / step:,.0f}", f"{baseline / step:.2f}"])
+    print(format_table(["", "parameters", "seconds per step", "tokens/s", "throughput"], rows))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
