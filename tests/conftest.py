@@ -1,15 +1,21 @@
 import gc
+import json
 
+import datasets
 import pytest
 import torch
+from helpers import SEP, TOKENS, load_script
+from transformers import ModernBertConfig, ModernBertForMaskedLM
 
 from modernalbert import (
     ModernAlbertConfig,
+    ModernAlbertForMaskedLM,
     ModernAlbertModel,
     mixture_modernalbert,
     modeling_modernalbert,
     packing_modernalbert,
 )
+from modernalbert.tokenization import save_tokenizer, train_tokenizer
 
 
 # Every size differs from every other, so that a swapped dimension cannot go unseen.
@@ -99,3 +105,54 @@ def make_model():
 def randomize():
     """Fills the parameters of a module in place, see [`fill_randomly`]."""
     return fill_randomly
+
+
+@pytest.fixture
+def fresh_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    # `datasets` sleeps at the end of each stream of Parquet files.
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
+
+
+@pytest.fixture
+def make_student(make_model):
+    def make(dtype=torch.float32, **overrides):
+        settings = {**TOKENS, "sparse_prediction": True, "router_jitter_noise": 0.0, **overrides}
+        return make_model(ModernAlbertForMaskedLM, dtype=dtype, **settings)
+
+    return make
+
+
+@pytest.fixture
+def make_teacher(randomize):
+    def make(dtype=torch.float32, **overrides):
+        settings = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2}
+        settings |= {**TOKENS, "eos_token_id": SEP, "sep_token_id": SEP, "local_attention": 6}
+        settings |= {"max_position_embeddings": 64, "attn_implementation": "sdpa", **overrides}
+        return randomize(ModernBertForMaskedLM(ModernBertConfig(**settings)), seed=1).to(dtype).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory):
+    """A model after two steps of the pretraining script, and the folder with its files."""
+    texts = [f"Sentence number {n} says that {n} times {n} is {n * n}." for n in range(40)]
+    folder = tmp_path_factory.mktemp("pretrained")
+    save_tokenizer(train_tokenizer(texts, vocab_size=320), folder / "tokenizer")
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    arguments = ["--preset", "nano", "--tokenizer", str(folder / "tokenizer"), "--output_dir", str(folder / "model")]
+    arguments += ["--train_data", str(folder / "*.jsonl"), "--validation_data", str(folder / "texts.jsonl")]
+    arguments += [
+        "--max_length",
+        "32",
+        "--max_steps",
+        "2",
+        "--per_device_train_batch_size",
+        "4",
+        "--report_to",
+        "none",
+    ]
+    arguments += ["--use_cpu", "True", "--disable_tqdm", "True", "--learning_rate", "1e-3"]
+    results = load_script("pretrain").main(arguments)
+    return folder, arguments, results

@@ -147,8 +147,12 @@ def test_one_seed_has_no_interval(ablation, args, finished):
 def test_variants_start_from_the_teacher(ablation, tmp_path, monkeypatch):
     """Each with its own fields, `depth_lora` alone with LoRAs by SVD; what is there is not made again."""
     commands = {}
-    monkeypatch.setattr(ablation, "run", lambda script, *words: commands.__setitem__(words[-1], [script, *words]))
-    monkeypatch.setattr(ablation, "pretrain", lambda args, folder, steps, seed, *words: commands.update(train=words))
+    monkeypatch.setattr(
+        ablation, "start_script", lambda script, *words: commands.__setitem__(words[-1], [script, *words])
+    )
+    monkeypatch.setattr(
+        ablation, "pretrain", lambda args, folder, steps, seed, rate, *words: commands.update(train=words)
+    )
     monkeypatch.setattr(ablation, "read_losses", lambda folder: {})
     save_tokenizer(train_tokenizer(["A text."], vocab_size=300, model_max_length=64), tmp_path / "tokenizer")
     args = Namespace(output_dir=tmp_path, preset="nano", teacher="runs/teacher", steps=10)
@@ -171,15 +175,119 @@ def test_variants_start_from_the_teacher(ablation, tmp_path, monkeypatch):
 def test_a_failed_job_ends_the_study(ablation):
     done = []
 
-    def job(args, number):
+    def job(number):
         if number == 1:
             raise RuntimeError("run 1 failed")
         done.append(number)
         time.sleep(0.02)
 
     with pytest.raises(RuntimeError, match="run 1 failed"):
-        ablation.run_all(Namespace(processes=1), job, [(number,) for number in range(50)])
+        ablation.run_jobs(1, job, [(number,) for number in range(50)])
     assert len(done) < 49
+
+
+def test_a_failed_script_shows_the_end_of_its_output(ablation, tmp_path):
+    (tmp_path / "script.py").write_text("import sys; print('no corpus', file=sys.stderr); sys.exit(int(sys.argv[1]))")
+    for code, error in (("1", RuntimeError), ("2", ValueError)):  # 2: what the user can fix
+        with pytest.raises(error, match=f"script.py {code} failed:\nno corpus"):
+            ablation.start_script(str(tmp_path / "script.py"), code)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda args, tasks: setattr(args, "epochs", 4), "epochs"),
+        (lambda args, tasks: setattr(args, "processes", 8), None),
+        (lambda args, tasks: setattr(args, "seeds", [0, 1]), None),
+        (lambda args, tasks: tasks.update(sick={**tasks["sst2"], "text_columns": ["premise"]}), None),
+        (lambda args, tasks: tasks["sst2"].update(text_columns=["premise"]), "task sst2"),
+        (
+            lambda args, tasks: (args.output_dir.parent / "a.jsonl").write_text('{"text": "Another."}'),
+            "content of .*jsonl",
+        ),
+        (
+            lambda args, tasks: (args.output_dir.parent / "model" / "config.json").write_text("{ }"),
+            "content of .*model",
+        ),
+    ],
+    ids=["setting", "processes", "seeds", "new task", "changed task", "changed data", "changed model"],
+)
+def test_a_folder_keeps_to_the_settings_and_data_of_its_runs(ablation, tmp_path, change, message):
+    data, model = str(tmp_path / "*.jsonl"), tmp_path / "model"
+    (tmp_path / "a.jsonl").write_text('{"text": "A sentence."}')
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    args = Namespace(
+        output_dir=tmp_path / "out", train_data=[data], validation_data=[data], epochs=3, seeds=[0], processes=2
+    )
+    tasks = {"sst2": {"train_files": [data], "validation_files": [data], "text_columns": ["text"]}}
+
+    def bind():
+        ablation.bind_folder(args, tasks, ignore=["seeds"], models=[str(model)])
+
+    bind()
+    change(args, tasks)
+    if message is None:
+        bind()
+    else:
+        with pytest.raises(
+            ValueError, match=f"holds runs with other values of {message}.*; give another --output_dir"
+        ):
+            bind()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"a": ', "is damaged"),
+        ("[1]", "must map the name of each task to its arguments"),
+        ('{"*": {}, "sst2": {"train_files": []}}', "task sst2 in .* lacks validation_files"),
+    ],
+)
+def test_tasks_that_cannot_run_are_refused(ablation, tmp_path, content, message):
+    (tmp_path / "tasks.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        ablation.read_tasks(str(tmp_path / "tasks.json"), "train_files", "validation_files")
+
+
+@pytest.mark.parametrize("arguments", [("--steps", "0"), ("--learning_rates", "nan"), ("--epochs", "-1")])
+def test_numbers_that_make_no_run_are_refused(ablation, tmp_path, capsys, arguments):
+    with pytest.raises(SystemExit, match="2"):
+        ablation.main(["--train_data", "a", "--validation_data", "b", "--output_dir", str(tmp_path), *arguments])
+    assert f"argument {arguments[0]}: invalid" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("preset", modernalbert.configuration_modernalbert.PRESETS)
+@pytest.mark.parametrize("modulation", ["moa", "depth_lora", "none"])
+def test_variants_match_the_parameters_of_each_preset(ablation, preset, modulation):
+    total = ModernAlbertConfig.preset(preset).num_parameters()
+    config = ModernAlbertConfig.preset(preset, ffn_modulation=modulation)
+    before = config.to_dict()
+    matched = ablation.match_parameters(config, total)
+    assert matched.num_parameters() == pytest.approx(total, rel=0.02)
+    assert config.to_dict() == before
+    field = "mol_intermediate_size" if modulation == "none" else "expert_rank"
+    assert {**matched.to_dict(), field: before[field]} == before
+    distance = abs(matched.num_parameters() - total)
+    for step in (-1, 2):  # no other value is nearer
+        setattr(matched, field, getattr(matched, field) + step)
+        assert abs(matched.num_parameters() - total) >= distance
+    low_rank = ModernAlbertConfig.preset(preset, expert_rank=1)
+    assert ablation.match_parameters(low_rank, total).expert_rank == ModernAlbertConfig.preset(preset).expert_rank
+
+
+@pytest.mark.parametrize(
+    ("overrides", "total", "message"),
+    [
+        ({}, 10**6, r"`expert_rank` cannot bring this model to 1,000,000 parameters: the nearest is .* at 32; change"),
+        ({"ffn_modulation": "none"}, 10, "`mol_intermediate_size` cannot bring this model to 10 .* at 1; change"),
+        ({"mol_groups": []}, 10**6, "`expert_rank` cannot bring .* at 3; change `mol_groups`"),
+    ],
+    ids=str,
+)
+def test_what_cannot_match_is_refused(ablation, make_config, overrides, total, message):
+    with pytest.raises(ValueError, match=message):
+        ablation.match_parameters(make_config(**overrides), total)
 
 
 @pytest.mark.slow
@@ -191,13 +299,13 @@ def test_the_whole_study(ablation, tmp_path, monkeypatch):
     (tmp_path / "tasks.json").write_text(json.dumps({"parity": task}))
     folder = tmp_path / "out"
     command = ["--train_data", str(data), "--validation_data", str(data), "--tasks", str(tmp_path / "tasks.json")]
-    command += ["--output_dir", str(folder), "--variants", "mol", "--steps", "2", "--seeds", "0", "1"]
+    command += ["--output_dir", str(folder), "--variants", "mol", "--steps", "2", "--seeds", "0"]
     command += ["--learning_rates", "1e-3", "--max_eval_samples", "4", "--epochs", "1", "--train_rows", "32"]
     command += ["--validation_examples", "16", "--processes", "1"]
     ablation.main(command)
     results = json.loads((folder / "ablation.json").read_text())
     assert results["tokens"] == 2048 and list(results["measures"]) == ["masked-LM loss, validation", "parity"]
-    assert all(len(figures["values"]["mol"]) == 2 for figures in results["measures"].values())
+    assert all(len(figures["values"]["mol"]) == 1 for figures in results["measures"].values())
     assert len(results["variants"]["mol"]["curves"]["validation"]) == 3  # at the start and after each step
     assert {"ablation.md", "ablation.svg", "ablation-usage.svg"} <= {path.name for path in folder.iterdir()}
     assert "mol, group 1" in (folder / "ablation-usage.svg").read_text()

@@ -122,8 +122,6 @@ RULES = [
         for name in ("embedding_dropout", "attention_dropout", "mlp_dropout", "classifier_dropout")
     ),
     ({"mlp_dropout": -0.1}, r"`mlp_dropout` \(-0.1\) must be in \[0, 1\)"),
-    ({"pad_token_id": 100}, r"`pad_token_id` \(100\) must be below `vocab_size` \(100\); pass the `pad_token_id`"),
-    ({"pad_token_id": -1}, r"`pad_token_id` \(-1\) must be below `vocab_size`.*or None"),
     ({"num_hidden_layers": 5}, r"`num_hidden_layers` \(5\) must be a multiple of `num_hidden_groups` \(2\).*change"),
     ({"hidden_size": 33}, r"`hidden_size` \(33\) must be `num_attention_heads` \(2\) times an even number.*change"),
     ({"hidden_size": 34}, r"`hidden_size` \(34\) must be `num_attention_heads` \(2\) times an even number.*change"),

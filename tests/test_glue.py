@@ -28,7 +28,9 @@ from transformers import (
 from modernalbert import ModernAlbertForMaskedLM
 from modernalbert.tokenization import padded_vocab_size, save_tokenizer, train_tokenizer
 from modernalbert.training.data import check_labelled
-from modernalbert.training.evaluation.metrics import GLUE_MEAN, GLUE_TASKS, compute_metrics, glue_mean, score_baselines
+from modernalbert.training.evaluation.glue import read_classes, read_split
+from modernalbert.training.evaluation.labels import find_classes, number_labels
+from modernalbert.training.evaluation.metrics import GLUE_MEAN, GLUE_TASKS, compute_metrics
 from modernalbert.training.finetuning import add_lora
 
 
@@ -63,7 +65,8 @@ def root(tmp_path_factory, make_model):
         splits = ("validation_matched", "validation_mismatched") if task == "mnli" else ("validation",)
         for split in ("train", *splits):
             (root / "data" / task).mkdir(parents=True, exist_ok=True)
-            Dataset.from_dict(rows_of(task)).to_parquet(root / "data" / task / f"{split}.parquet")
+            rows = {name: values[:: -1 if split == "train" else 1] for name, values in rows_of(task).items()}
+            Dataset.from_dict(rows).to_parquet(root / "data" / task / f"{split}.parquet")
     names = ("yes", "no", "maybe")
     write_csv(root / "three.csv", [(text, names[n % 3]) for n, text in enumerate(TEXTS)])
     return root
@@ -83,7 +86,11 @@ def glue(root, output_dir, *tasks_and_arguments, **kwargs):
 
 
 def own(root, output_dir, *arguments, files="three.csv", **kwargs):
-    data = ["--train_files", root / files, "--validation_files", root / files]
+    """Trains on the rows of a file in the other order."""
+    header, *lines = (root / files).read_text().splitlines()
+    train = output_dir.parent / f"train-{output_dir.name}.csv"
+    train.write_text("\n".join([header, *reversed(lines)]) + "\n")
+    data = ["--train_files", train, "--validation_files", root / files]
     return run(root, output_dir, *data, *arguments, **kwargs)
 
 
@@ -96,9 +103,6 @@ def assert_same(found, expected):
     for line, other in zip(found, expected, strict=True):
         assert line.pop("logits") == pytest.approx(other["logits"], abs=1e-5)
         assert line == {name: value for name, value in other.items() if name != "logits"}
-
-
-# ---- Metrics
 
 
 def test_metrics_of_predictions_are_those_of_the_libraries(root, tmp_path):
@@ -118,29 +122,6 @@ def test_metrics_of_predictions_are_those_of_the_libraries(root, tmp_path):
     logits, labels = np.random.default_rng(0).normal(size=(50, 2)), np.arange(50) % 2
     found = compute_metrics(("matthews_correlation", "f1"), logits, labels)
     assert found == pytest.approx({name: reference[name](labels, logits.argmax(1)) for name in found})
-
-
-def test_a_constant_correlates_with_nothing():
-    assert compute_metrics(("pearson", "spearman"), np.ones((3, 1)), np.arange(3.0)) == {"pearson": 0, "spearman": 0}
-
-
-def test_the_mean_is_that_of_the_paper():
-    """ModernBERT-base in table 5 of its paper, and the mean that the ModernALBERT paper gives it."""
-    scores = dict(zip(GLUE_MEAN, (65.1, 96.0, 92.2, 91.8, 92.1, 89.1, 93.9, 87.4), strict=True))
-    assert glue_mean({**scores, "wnli": 0.0}) == pytest.approx(88.45)
-    assert glue_mean({task: scores[task] for task in GLUE_MEAN[1:]}) is None
-
-
-def test_baselines():
-    train, labels = [TEXTS], rows_of("sst2")["label"]
-    unseen, expected = [["A lovely play.", "A dull play.", "A poor play."]], [1, 0, 0]
-    scores = score_baselines(("accuracy",), train, [0, *labels[1:-1], 0], unseen, expected)
-    assert scores == {"majority": {"accuracy": 2 / 3}, "TF-IDF": {"accuracy": 1}}
-    first, second = ["red hat", "old car", "big sea", "new map"], ["red hat", "wet dog", "big sea", "top cat"]
-    pairs, values = [first * 3, second * 3], [1.0, 0.0, 1.0, 0.0] * 3  # whether they are alike, no word alone says
-    unseen, expected = [["old car", "new map"], ["old car", "top cat"]], [1.0, 0.0]
-    scores = score_baselines(("pearson",), pairs, values, unseen, expected)
-    assert scores["majority"] == {"pearson": 0} and scores["TF-IDF"]["pearson"] == pytest.approx(1)
 
 
 # ---- Tasks
@@ -223,27 +204,16 @@ def test_another_encoder_runs_by_the_same_command(root, tmp_path, name, target, 
 # ---- Seeds, rates, resuming
 
 
-def test_seeds_and_rates(root, tmp_path):
-    arguments = ["--seeds", "0", "1", "--learning_rates", "1e-4", "1e-2"]
-    results = own(root, tmp_path, *arguments)
-    runs = [json.loads(path.read_text()) for path in tmp_path.glob("custom/*/results.json")]
-    by_rate = {
-        rate: [run["scores"]["accuracy"] for run in runs if run["settings"]["learning_rate"] == rate]
-        for rate in (1e-4, 1e-2)
-    }
-    best = max(by_rate, key=lambda rate: statistics.mean(by_rate[rate]))
-    assert results["details"]["learning_rate"] == best and results["details"]["learning_rates"] == [1e-4, 1e-2]
-    assert results["scores"]["accuracy"] == pytest.approx(statistics.mean(by_rate[best]))
-    assert results["details"]["std"]["accuracy"] == pytest.approx(statistics.stdev(by_rate[best]))
-    assert results["seeds"] == [0, 1] and len(results["details"]["runs"]) == 4
-    assert "were chosen on the rows that the scores are of" in (tmp_path / "results.md").read_text()
-
-
 def test_finished_runs_are_skipped(root, tmp_path, monkeypatch):
     first = own(root, tmp_path, "--seeds", "0", "1")
-    (tmp_path / "custom" / "seed-1-lr-0.001" / "results.json").unlink()
+    (tmp_path / "seed-1-lr-0.001" / "results.json").unlink()
     trained = []
-    monkeypatch.setattr(Trainer, "train", lambda self, **kwargs: trained.append(self.args.seed))
+
+    def train(self, **kwargs):
+        trained.append(self.args.seed)
+        self.state.global_step = 2
+
+    monkeypatch.setattr(Trainer, "train", train)
     monkeypatch.setattr("modernalbert.training.finetuning.write_files", lambda *arguments: None)
     own(root, tmp_path, "--seeds", "0", "1")
     assert trained == [1]
@@ -257,7 +227,6 @@ def test_finished_runs_are_skipped(root, tmp_path, monkeypatch):
     [
         ([], "checkpoint-4/trainer_state.json", "checkpoint-2"),
         ([], "config.json", "checkpoint-4"),
-        (["--peft"], "checkpoint-4/trainer_state.json", "checkpoint-2"),
     ],
 )
 def test_a_killed_run_goes_on(root, tmp_path, monkeypatch, extra, half, checkpoint):
@@ -267,7 +236,7 @@ def test_a_killed_run_goes_on(root, tmp_path, monkeypatch, extra, half, checkpoi
     weights = "adapter_model.safetensors" if extra else "model.safetensors"
     for name in ("results.json", "predictions.jsonl", weights, half):
         (tmp_path / name).unlink()
-    with pytest.raises(ValueError, match="checkpoints of a run with other arguments .*weight_decay"):
+    with pytest.raises(ValueError, match="checkpoints of a run with other settings .*weight_decay"):
         own(root, tmp_path, *arguments, "--weight_decay", "0.5")
     resumed, train = [], Trainer.train
     monkeypatch.setattr(Trainer, "train", lambda self, **given: resumed.append(given) or train(self, **given))
@@ -317,7 +286,7 @@ def test_other_data_is_another_run(root, tmp_path):
     with pytest.raises(ValueError, match=r"finished run with other settings \(data: "):
         own(root, tmp_path / "out", files=tmp_path / "other.csv")
     (tmp_path / "out" / "results.json").unlink()
-    with pytest.raises(ValueError, match=r"checkpoints of a run with other arguments \(data: "):
+    with pytest.raises(ValueError, match=r"checkpoints of a run with other settings \(data: "):
         own(root, tmp_path / "out", files=tmp_path / "other.csv")
 
 
@@ -393,8 +362,7 @@ def test_an_adapter_of_a_shared_block_acts_at_every_depth(root):
     assert len(calls) == 4 * 4 and all(calls.count(adapter.lora_A["default"]) == 2 for adapter in adapters)
 
 
-@pytest.mark.parametrize("method", ["uniform", "ema", "frequency"])
-@pytest.mark.parametrize("lora", [[], ["--peft"]], ids=["whole", "lora"])
+@pytest.mark.parametrize(("method", "lora"), [("uniform", []), ("frequency", ["--peft"])], ids=["whole", "lora"])
 def test_experts_are_merged_after_training(root, tmp_path, method, lora):
     results = own(root, tmp_path / "out", "--merge_after", method, *lora)
     assert list(results["scores"]) == ["accuracy", "merged_accuracy"]
@@ -411,8 +379,8 @@ def test_experts_are_merged_after_training(root, tmp_path, method, lora):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (("", "yes"), "row 24 of train of task 'custom' has no 'text'"),
-        (("text", ""), "row 24 of train of task 'custom' has no 'label'"),
+        (("", "yes"), "row 0 of '.*train-out.csv' has no 'text'"),
+        (("text", ""), "row 0 of '.*train-out.csv' has no 'label'"),
     ],
 )
 def test_a_broken_row_is_refused(root, tmp_path, row, message):
@@ -426,9 +394,13 @@ def test_a_broken_row_is_refused(root, tmp_path, row, message):
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ([0, 1, -1], "row 2 of .*validation.parquet has the label -1, as in test sets"),
-        ([0, 1, 2], "row 2 of validation of task 'sst2' has the label 2, expected one of .0, 1."),
-        ([0.0, 1.0, 0.5], "row 0 of validation of task 'sst2' has the label 0.0, expected one of"),
+        ([0, 1, -1], "row 2 of .*validation.parquet' has the label -1, as in test sets"),
+        (
+            [0, 1, 2],
+            "row 2 of .*parquet' has the label '2', expected one of the classes of the train rows: '0', '1'; the",
+        ),
+        ([0.0, 1.0, 0.5], "row 2 of .*parquet' has the label '0.5', expected .* labels of .* are '0.0', '0.5', '1.0'"),
+        (["1", "0", "positive"], "row 2 of .*parquet' has the label 'positive', expected one of the classes"),
     ],
 )
 def test_labels_that_are_no_class_are_refused(root, tmp_path, labels, message):
@@ -441,19 +413,104 @@ def test_labels_that_are_no_class_are_refused(root, tmp_path, labels, message):
 
 
 def test_rows_without_texts_are_refused():
-    for texts, message in (([], "it has no rows"), ([1], "row 0 of it has 1 as 'text', expected a text")):
+    for texts, message in (([], "it has no rows"), ([1], "row 0 of 'it' has 1 as 'text', expected a text")):
         with pytest.raises(ValueError, match=message):
             check_labelled(Dataset.from_dict({"text": texts, "y": [0] * len(texts)}), "it", ["text"], "y")
 
 
-def test_a_classifier_that_numbers_its_classes_otherwise_is_refused(root, tmp_path):
+def test_a_class_is_its_name_whatever_its_number(root, tmp_path):
+    """The rows number their classes in another order than the model does, or not at all."""
     own(root, tmp_path / "model", "--max_steps", "1")
+    expected = read_predictions(tmp_path / "model" / "predictions.jsonl")[:3]
     rows = Dataset.from_dict({"text": TEXTS[:3], "label": [0, 1, 2]})
-    rows = rows.cast_column("label", ClassLabel(names=["yes", "no", "maybe"]))
+    rows.cast_column("label", ClassLabel(names=["yes", "no", "maybe"])).to_parquet(tmp_path / "rows.parquet")
+    evaluate = ["--validation_files", tmp_path / "rows.parquet"]
+    run(root, tmp_path / "out", *evaluate, model=tmp_path / "model", common=LENGTH)
+    assert_same(read_predictions(tmp_path / "out" / "predictions.jsonl"), expected)
     rows.to_parquet(tmp_path / "rows.parquet")
-    with pytest.raises(ValueError, match=r"classes are \['maybe', 'no', 'yes'\], .* their numbers differ"):
-        evaluate = ["--validation_files", tmp_path / "rows.parquet"]
-        run(root, tmp_path / "out", *evaluate, model=tmp_path / "model", common=LENGTH)
+    with pytest.raises(ValueError, match="label '0', expected one of the classes of the trained model: 'maybe', 'no'"):
+        run(root, tmp_path / "again", *evaluate, model=tmp_path / "model", common=LENGTH)
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "names"),
+    [
+        (["1", "2", "N"], ["2", "1"], ["1", "2", "N"]),
+        (["false", "mixed", "true"], ["true", "False"], ["false", "mixed", "true"]),
+        ([10, 5000], [5000, 10], ["10", "5000"]),
+        ([1, 2], ["2", 1.0], ["1", "2"]),
+        ([0.0, 1.0], [1, 0], ["0.0", "1.0"]),
+        ([True, False], [False, True], ["false", "true"]),
+        (["None", "NA"], ["NA", "None"], ["NA", "None"]),
+        (["10", "9", "-2"], ["9"], ["-2", "9", "10"]),
+    ],
+)
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_classes_are_texts_in_every_file(tmp_path, caplog, train, validation, names, ending):
+    """The same classes in training and validation, whatever type a reader would give to either file alone."""
+    rows, sources = {}, {}
+    for split, values in (("train", train * 2), ("validation", validation)):
+        sources[split] = str(tmp_path / f"{split}.{ending}")
+        if ending == "csv":
+            lines = ["text,label", *(f"a,{str(v).lower() if isinstance(v, bool) else v}" for v in values)]
+        else:
+            lines = [json.dumps({"text": "a", "label": value}) for value in values]
+        (tmp_path / f"{split}.{ending}").write_text("\n".join(lines) + "\n")
+        rows[split], _ = read_split("mine", split, [sources[split]], None, ["text"], "label")
+    numbered, found = read_classes(rows, sources, None, None)
+    assert found == names
+
+    def spell(value):
+        text = str(value).lower() if isinstance(value, bool) or value in ("False",) else str(value)
+        return text if text in names else text.removesuffix(".0") if text.endswith(".0") else f"{text}.0"
+
+    for split, values in (("train", train * 2), ("validation", validation)):
+        assert [names[number] for number in numbered[split]["label"]] == [spell(value) for value in values]
+
+
+@pytest.mark.parametrize(
+    ("labels", "regression", "message"),
+    [
+        (["a"] * 4, None, "all 4 rows of 'it' have the label 'a'; a classifier needs two classes"),
+        (["1", "1.0", "b"], None, "classes '1' and '1.0', which are one; write one of them"),
+        (["True", "true"], None, "classes 'True' and 'true', which are one"),
+        (["good", " good", "bad"], None, "classes ' good' and 'good', which are one"),
+        (["caf\u00e9", "cafe\u0301"], None, "which are one"),
+        ([str(n) for n in range(30)], None, "30 classes in 30 rows; is '0' a class"),
+        (["1", "x"], True, "has the label 'x', no number to regress on"),
+        (["2", "2"], True, "all labels of 'it' are 2: there is nothing to learn"),
+    ],
+)
+def test_labels_that_make_no_sense_are_refused(labels, regression, message):
+    rows = Dataset.from_dict({"text": labels, "label": labels})
+    with pytest.raises(ValueError, match=message):
+        find_classes(rows, labels, "it", regression)
+
+
+def test_numbers_are_classes_or_values():
+    for labels, asked, expected in (
+        (["1", "2", "1"], None, ["1", "2"]),
+        (["1", "2.5", "1"], None, None),
+        (["1", "2", "1"], True, None),
+        (["1", "2.5", "1"], False, ["1", "2.5"]),
+        (["1e3", "2"], None, None),
+        (["01", "02", "10"], None, ["01", "02", "10"]),
+        (["+1", "0"], None, ["+1", "0"]),
+        (["0", "3000000"] * 2, None, ["0", "3000000"]),
+    ):
+        assert find_classes(Dataset.from_dict({"label": labels}), labels, "it", asked) == expected
+    assert number_labels(["1", "2.5"], "it", None) == [1.0, 2.5]
+    with pytest.raises(ValueError, match="row 1 of 'it' has the label 'nan', expected a number"):
+        number_labels(["1", "nan"], "it", None)
+    with pytest.raises(ValueError, match="6 classes in 4 rows"):
+        rows = Dataset.from_dict({"label": [0, 1, 2, 3]}).cast_column("label", ClassLabel(names=list("abcdef")))
+        find_classes(rows, list("abcd"), "it", None)
+
+
+def test_what_was_understood_is_logged(root, tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        own(root, tmp_path / "out", "--max_steps", "1")
+    assert "'label' is 3 classes ('maybe', 'no', 'yes'); 24 train rows, 24 validation rows" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -468,17 +525,26 @@ def test_a_classifier_that_numbers_its_classes_otherwise_is_refused(root, tmp_pa
         (["--task_name", "rte", "--task_arguments", '{"ret": {}}'], "`task_arguments` names 'ret', which is no task"),
         (["--task_name", "rte", "--task_arguments", '{"rte": {"learning_rate": "5e-5"}}'], "expected a number"),
         (["--task_name", "rte", "--max_length", "65"], r"`max_length` \(65\) must be .* at most the 64 tokens"),
-        (["--task_name", "rte", "--max_eval_samples", "0"], r"`max_eval_samples` \(0\) must be at least 1"),
-        (["--task_name", "rte", "--push_to_hub"], "`push_to_hub` would upload checkpoints"),
-        (["--task_name", "rte", "--seeds", "1", "1"], r"`seeds` \[1, 1\] names a run twice"),
-        (["--task_name", "rte", "--merge_after", "cluster"], "no `merge_after` method 'cluster'"),
-        (["--task_name", "rte", "--peft_rank", "0"], r"`peft_rank` \(0\) must be at least 1"),
-        (["--task_name", "rte", "--label_smoothing_factor", "0.1"], "with them the balancing loss"),
-        (["--task_name", "rte", "--early_stopping_patience", "2"], "give `load_best_model_at_end true`"),
-        (["--task_name", "rte", "--do_train", "False", "--peft"], "`peft` is for training"),
-        (["--task_name", "rte", "--do_train", "False", "--baselines"], "`baselines` learn from training rows"),
-        (["--validation_files", "{root}/three.csv"], "`do_train` needs `train_files`"),
-        (["--task_name", "rte", "--data_dir", "{root}/data", "--do_train", "False"], "it is no trained classifier"),
+        (["--task_name", "rte", "rte"], "names a task twice"),
+        (["--task_name", "rte", "--train_files", "x.csv"], "`train_files` need `validation_files`"),
+        (["--validation_files", "x", "--label_column", "text"], "name a column twice"),
+        (["--validation_files", "x", "--text_columns", "a", "a"], "name a column twice"),
+        (["--task_name", "rte", "--task_arguments", "{rte"], "`task_arguments` is no JSON"),
+        (["--task_name", "rte", "--task_arguments", '{"rte": 3}'], "3 for 'rte', expected an object of arguments"),
+        (
+            ["--task_name", "rte", "--task_arguments", '{"rte": {"start_from": 3}}'],
+            "3 as `start_from`, expected a name",
+        ),
+        (["--task_name", "rte", "--task_arguments", '{"rte": {"learning_rate": 0}}'], "expected a positive number"),
+        (
+            ["--task_name", "rte", "--task_arguments", '{"rte": {"per_device_train_batch_size": 1.5}}'],
+            "a whole number",
+        ),
+        (["--validation_files", "{root}/three.csv"], "`do_train` with `validation_files` needs `train_files`"),
+        (
+            ["--task_name", "rte", "--data_dir", "{root}/data", "--do_train", "False"],
+            "it was not trained for this task",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(root, tmp_path, arguments, message):
@@ -488,6 +554,23 @@ def test_what_does_not_go_together_is_refused(root, tmp_path, arguments, message
             tmp_path / "out",
             *(argument.format(root=root) if "{root}" in argument else argument for argument in arguments),
         )
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "`baselines` learn from training rows: give `do_train`"),
+        ({"problem_type": "multi_label_classification"}, "gives several classes to a text"),
+    ],
+)
+def test_what_a_trained_classifier_does_not_go_with_is_refused(root, tmp_path, fields, message):
+    shutil.copytree(root / "model", tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config |= {"architectures": ["ModernAlbertForSequenceClassification"], **fields}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    arguments = ["--validation_files", root / "three.csv", *([] if fields else ["--baselines"])]
+    with pytest.raises(ValueError, match=message):
+        run(root, tmp_path / "out", *arguments, model=tmp_path / "model", common=LENGTH)
 
 
 def test_experts_that_cannot_merge_are_refused_before_training(root, tmp_path):
@@ -543,7 +626,7 @@ def test_runs_are_compared(root, tmp_path):
     glue(root, tmp_path / "runs" / "c", "sst2", model="bert")
     a, b = (json.loads((tmp_path / "runs" / name / "results.json").read_text()) for name in "ab")
     compare = load_script("compare_results")
-    table = compare.main([str(tmp_path / "runs"), "--output_dir", str(tmp_path / "out")])
+    table = compare.main(["--runs", str(tmp_path / "runs"), "--output_dir", str(tmp_path / "out")])
     assert (tmp_path / "out" / "comparison.md").read_text() == table
     header, _, *lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
     assert header == ["model", "parameters", "cola", "sst2"]
@@ -551,8 +634,8 @@ def test_runs_are_compared(root, tmp_path):
     assert lines["model, merged"][0] == f"{a['details']['merged_parameters'] / 1e6:.1f}M"
     mean, std = 100 * a["scores"]["sst2"], 100 * a["details"]["std"]["sst2"]
     assert list(lines) == ["model", "model, merged", "bert", "bert (c)", "majority", "TF-IDF"]
-    std = 100 * a["details"]["std"]["merged_sst2"]
-    assert lines["model, merged"][2] == f"{100 * a['scores']['merged_sst2']:.1f} ± {std:.1f}"
+    merged_std = 100 * a["details"]["std"]["merged_sst2"]
+    assert lines["model, merged"][2] == f"{100 * a['scores']['merged_sst2']:.1f} ± {merged_std:.1f}"
     assert lines["majority"][::2] == ["", "50.0"] and lines["bert"][1:] == ["", f"{100 * b['scores']['accuracy']:.1f}"]
     assert f"| {mean:.1f} ± {std:.1f} |" in table
     assert (tmp_path / "out" / "comparison.png").read_bytes().startswith(b"\x89PNG")
@@ -562,5 +645,55 @@ def test_runs_are_compared(root, tmp_path):
     with pytest.raises(FileNotFoundError, match="nor does a folder in it"):
         compare.read_results(tmp_path / "out")
     (tmp_path / "out" / "results.json").write_text("{}")
-    with pytest.raises(ValueError, match="is not what run_glue.py, run_squad.py or run_beir.py writes"):
+    with pytest.raises(ValueError, match="is not what the task scripts .* write"):
         compare.read_results(tmp_path / "out")
+
+
+def write_results(folder, **changes):
+    facts = {"task": "custom", "model": "m", "parameters": 3, "scores": {"accuracy": 0.5}, "settings": {}}
+    facts |= {"details": {}, "environment": {}, "data": {"validation": {"fingerprint": "a"}}, **changes}
+    folder.mkdir()
+    (folder / "results.json").write_text(json.dumps(facts))
+
+
+def test_scores_on_different_rows_are_not_compared(tmp_path):
+    """Every task of one's own has the same name."""
+    compare, prints = (
+        load_script("compare_results"),
+        {"train": {"fingerprint": "b"}, "validation": {"fingerprint": "a"}},
+    )
+    for name, data in (("one", {}), ("two", {"data": prints, "model": "n"})):
+        write_results(tmp_path / name, **data)
+    command = ["--runs", str(tmp_path), "--output_dir", str(tmp_path / "out")]
+    assert "| n | 0.0M | 50.0 |" in compare.main(command)
+    write_results(tmp_path / "three", data={"validation": {"fingerprint": "c"}})
+    with pytest.raises(ValueError, match="the runs of 'custom' were scored on different rows"):
+        compare.main(command)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"scores": {}}, {"scores": [1]}, {"scores": {"f1": float("nan")}}, {"parameters": "3"}], ids=str
+)
+def test_results_that_are_none_are_not_compared(tmp_path, changes):
+    write_results(tmp_path / "run", **changes)
+    with pytest.raises(ValueError, match="run/results.json' is not what the task scripts"):
+        load_script("compare_results").main(["--runs", str(tmp_path), "--output_dir", str(tmp_path / "out")])
+
+
+def test_labels_are_not_smoothed_in_a_regression(root, tmp_path):
+    rows = "".join(json.dumps({"text": f"a text {n}", "label": n / 4}) + "\n" for n in range(8))
+    (tmp_path / "train.jsonl").write_text(rows)
+    (tmp_path / "dev.jsonl").write_text(rows.replace("a text", "text"))
+    files = ["--train_files", str(tmp_path / "train.jsonl"), "--validation_files", str(tmp_path / "dev.jsonl")]
+    model = ["--model_name_or_path", str(root / "model"), "--output_dir", str(tmp_path / "out"), *files]
+    with pytest.raises(ValueError, match="`label_smoothing_factor` is for classes, and 'custom' is a regression"):
+        load_script("run_glue").main([*model, *COMMON, *QUIET, "--label_smoothing_factor", "0.1"])
+
+
+def test_models_of_one_name_are_told_apart():
+    runs = [
+        {"model": name, "settings": {"model_name_or_path": identity}}
+        for name, identity in (("a", "a 0123456789"), ("a", "a fedcba9876"), ("b", "b 0123456789"), ("c/d", "c/d"))
+    ]
+    names = load_script("compare_results").name_models([*runs, runs[0]])
+    assert names == ["a (01234567)", "a (fedcba98)", "b", "c/d", "a (01234567)"]

@@ -221,8 +221,8 @@ def test_pipelines(models, folders, tokenizer, tmp_path):
     def logits(task, text):
         return run(models[heads[task]], tokenizer(text, return_tensors="pt"))[0]
 
-    for place, (text, text_with_mask) in enumerate(zip(TEXTS, masked, strict=True)):
-        found = {task: result[place] for task, result in results.items()}
+    for index, (text, text_with_mask) in enumerate(zip(TEXTS, masked, strict=True)):
+        found = {task: result[index] for task, result in results.items()}
         mask = tokenizer(text_with_mask)["input_ids"].index(tokenizer.mask_token_id)
         best = logits("fill-mask", text_with_mask)[mask].softmax(-1).topk(5)
         assert [answer["token"] for answer in found["fill-mask"]] == best.indices.tolist()
@@ -355,7 +355,7 @@ def test_missing_encoder_tensor_is_an_error(folders, tmp_path, head, key):
 
 
 def test_unknown_encoder_tensor_is_an_error(folders, tmp_path):
-    extra = {f"model.layers.{place}.attn.Wo.weight": torch.zeros(32, 32) for place in range(2, 8)}
+    extra = {f"model.layers.{index}.attn.Wo.weight": torch.zeros(32, 32) for index in range(2, 8)}
     broken = copy_with(folders[MLM], tmp_path / "broken", lambda tensors: tensors.update(extra))
     with pytest.raises(
         ValueError, match=r"6 tensors of the encoder are unexpected in .*Wo\.weight, \.\.\.\. The file is"

@@ -4,6 +4,7 @@ import html.parser
 import json
 import math
 import re
+import shutil
 from collections import Counter
 from itertools import combinations
 
@@ -14,7 +15,7 @@ from helpers import load_script
 from modernalbert import ModernAlbertConfig, ModernAlbertForMaskedLM, ModernAlbertForSequenceClassification
 from modernalbert.routing_modernalbert import ROUTERS
 from modernalbert.tokenization import padded_vocab_size, save_tokenizer, train_tokenizer
-from modernalbert.training.data import PackedCollator
+from modernalbert.training.packing import PackedCollator
 from modernalbert.training.reports.routing import (
     COVERAGES,
     MIN_COUNT,
@@ -47,7 +48,7 @@ def build_rows(seed=0):
 
 
 def split_texts(row):
-    starts = [place for place, token in enumerate(row) if token == CLS]
+    starts = [position for position, token in enumerate(row) if token == CLS]
     return [row[start:end] for start, end in zip(starts, [*starts[1:], len(row)], strict=True)]
 
 
@@ -70,16 +71,18 @@ def route_one_by_one(model):
         for handle in handles:
             handle.remove()
         for index, (logits, values, experts) in enumerate(outputs):
-            for place in range(len(text)):
+            for position in range(len(text)):
                 row = [0.0] * model.config.num_experts
-                for value, expert in zip(values[place].tolist(), experts[place].tolist(), strict=True):
+                for value, expert in zip(values[position].tolist(), experts[position].tolist(), strict=True):
                     row[expert] += value
-                weights[index, place] = row
-                p = logits[place].softmax(-1).tolist()
-                entropies[index, place] = -sum(x * math.log(x) for x in p) / math.log(len(p))
-        for place, token in enumerate(text):
+                weights[index, position] = row
+                p = logits[position].softmax(-1).tolist()
+                entropies[index, position] = -sum(x * math.log(x) for x in p) / math.log(len(p))
+        for position, token in enumerate(text):
             layers = range(len(outputs))
-            seen.append((token, number, [weights[i, place] for i in layers], [entropies[i, place] for i in layers]))
+            seen.append(
+                (token, number, [weights[i, position] for i in layers], [entropies[i, position] for i in layers])
+            )
     return seen
 
 
@@ -101,7 +104,7 @@ def test_figures_are_those_of_a_loop_over_tokens(make_model, overrides, monkeypa
     seen = route_one_by_one(model)
     experts, total = range(5), len(seen)
     soft = overrides.get("router_type") == "soft"
-    assert (report["tokens"], report["texts"]) == (total, 9) == (sum(len(row["input_ids"]) for row in rows), 9)
+    assert (report["tokens"], report["sequences"]) == (total, 9) == (sum(len(row["input_ids"]) for row in rows), 9)
     counts = Counter(token for token, *_ in seen)
     sets = [[choose(weights[layer], soft) for _, _, weights, _ in seen] for layer in range(2 * DEPTHS)]
     assert list(report["groups"]) == ["0", "1"]
@@ -118,31 +121,31 @@ def test_figures_are_those_of_a_loop_over_tokens(make_model, overrides, monkeypa
         assert facts["router_entropy"] == pytest.approx(sum(entropy[layer] for *_, entropy in seen) / total)
         assert facts["usage_entropy"] == pytest.approx(-sum(u * math.log(u) for u in usage if u) / math.log(5))
         pairs = {(a, b): sum(a in chosen and b in chosen for chosen in own) / total for a in experts for b in experts}
-        assert [facts["together"][a][b] for a, b in pairs] == pytest.approx(list(pairs.values()))
+        assert [facts["coactivation"][a][b] for a, b in pairs] == pytest.approx(list(pairs.values()))
         scale = sum(pairs[a, b] for a in experts for b in experts if a != b)
         scale /= sum(usage[a] * usage[b] for a in experts for b in experts if a != b)
         for (a, b), found in pairs.items():
             expected = 0 if a == b else scale * usage[a] * usage[b]
-            assert facts["together_lift"][a][b] == (pytest.approx(found / expected) if expected else None)
+            assert facts["coactivation_lift"][a][b] == (pytest.approx(found / expected) if expected else None)
 
-        for coverage, committee in zip(COVERAGES, facts["committees"], strict=True):
+        for coverage, covering in zip(COVERAGES, facts["covering_sets"], strict=True):
             sizes = [
                 size
                 for size in range(1, 6)
                 for members in combinations(experts, size)
                 if sum(served[expert] for expert in members) >= coverage * choices
             ]
-            members = set(committee["experts"])
-            assert committee["coverage"] == coverage and committee["even"] == {0.5: 3, 0.8: 4, 0.9: 5}[coverage]
+            members = set(covering["experts"])
+            assert covering["coverage"] == coverage and covering["even"] == {0.5: 3, 0.8: 4, 0.9: 5}[coverage]
             assert len(members) == min(sizes) and sum(served[expert] for expert in members) >= coverage * choices
-            assert committee["tokens"] == pytest.approx(sum(bool(members & chosen) for chosen in own) / total)
+            assert covering["tokens"] == pytest.approx(sum(bool(members & chosen) for chosen in own) / total)
             numbers = {number for (_, number, *_), chosen in zip(seen, own, strict=True) if members & chosen}
-            assert committee["texts"] == pytest.approx(len(numbers) / 9)
+            assert covering["sequences"] == pytest.approx(len(numbers) / 9)
             led = 0
             for text in range(9):
                 parts = [weights[layer] for _, number, weights, _ in seen if number == text]
                 led += max(experts, key=lambda expert: sum(part[expert] for part in parts)) in members  # noqa: B023
-            assert committee["leading"] == pytest.approx(led / 9)
+            assert covering["leading"] == pytest.approx(led / 9)
 
         for expert in experts:
             share, lifts = served[expert] / total, {}
@@ -193,7 +196,7 @@ def test_even_soft_routing_prefers_nobody(make_model):
     facts = describe_routing(model, [PackedCollator(SimpleTokens)(build_rows())])["groups"]["0"]
     depth = facts["depths"][0]
     assert depth["usage"] == pytest.approx([0.2] * 5) and depth["router_entropy"] == pytest.approx(1)
-    assert [len(committee["experts"]) for committee in depth["committees"]] == [3, 4, 5]
+    assert [len(covering["experts"]) for covering in depth["covering_sets"]] == [3, 4, 5]
     assert facts["changes"][0] == pytest.approx(dict.fromkeys(facts["changes"][0], 1.0))
 
 
@@ -205,9 +208,9 @@ def test_a_router_that_takes_one_expert_for_all(make_model):
     json.dumps(report, allow_nan=False)
     facts = report["groups"]["1"]["depths"][0]
     assert sorted(facts["usage"]) == [0, 0, 0, 0, 1] and facts["usage_entropy"] == 0
-    assert facts["together_lift"] == [[None] * 5] * 5 and facts["typical"] == [[]] * 5
-    committees = [(committee["experts"], committee["texts"]) for committee in facts["committees"]]
-    assert committees == [([facts["usage"].index(1)], 1)] * 3
+    assert facts["coactivation_lift"] == [[None] * 5] * 5 and facts["typical"] == [[]] * 5
+    covering = [(covering["experts"], covering["sequences"]) for covering in facts["covering_sets"]]
+    assert covering == [([facts["usage"].index(1)], 1)] * 3
 
 
 def test_no_token_is_refused(make_model):
@@ -243,8 +246,19 @@ def inspect(root, name, output, *arguments):
     return load_script("inspect_routing").main([*command, *map(str, arguments)])
 
 
+def test_padding_of_kept_rows_is_not_counted(root, tmp_path):
+    expected = inspect(root, "masked-lm", tmp_path / "unpadded.html")
+    shutil.copytree(root / "masked-lm", tmp_path / "rows")
+    config = json.loads((tmp_path / "rows" / "config.json").read_text())
+    (tmp_path / "rows" / "config.json").write_text(json.dumps({**config, "unpad_inputs": False}))
+    found = inspect(root, tmp_path / "rows", tmp_path / "rows.html")
+    assert found["tokens"] == expected["tokens"]
+    for one, other in zip(*(each["groups"]["1"]["depths"] for each in (found, expected)), strict=True):
+        assert one["mean_weight"] == pytest.approx(other["mean_weight"], abs=1e-5)
+
+
 class Nesting(html.parser.HTMLParser):
-    """Sees that every element is closed where it should be, and keeps all texts."""
+    """Checks that every element is closed where it should be, and keeps all texts."""
 
     def __init__(self, page):
         super().__init__()
@@ -273,9 +287,13 @@ def test_the_script_writes_a_page_and_its_figures(root, tokenizer, tmp_path, nam
     assert list(report["groups"]) == ["1"] and len(report["groups"]["1"]["depths"]) == 3
     page = (tmp_path / "new" / "page.html").read_text()
     texts = Nesting(page).texts
-    assert {f"Routing of {name}", "Group 1", "share of choices", "expert 3", "together, over chance, depth 2"} <= set(
-        texts
-    )
+    assert {
+        f"Routing of {name}",
+        "Group 1",
+        "share of choices",
+        "expert 3",
+        "co-activation, over chance, depth 2",
+    } <= set(texts)
     assert max(map(len, texts)) < 1000 and str(tmp_path) not in page
     assert re.sub(r'xmlns(:\w+)?="[^"]*"', "", page).count("http") == 0
     assert not re.search(r"<(script|link|img|image)\b|@import|base64|\bsrc=", page)
@@ -292,7 +310,7 @@ def test_as_many_tokens_as_asked_for(root, tokenizer):
     assert batches[0]["input_ids"].shape == (4, 32)
 
 
-def test_what_cannot_be_inspected_is_refused(root, make_model, tmp_path):
+def test_what_cannot_be_inspected_is_refused(root, make_model, tokenizer, tmp_path):
     for count in (0, 1):
         make_model(ModernAlbertForMaskedLM, num_experts=count).save_pretrained(tmp_path / f"merged-{count}")
         with pytest.raises(ValueError, match=f"'.*merged-{count}' has no router: .* with {count} experts in 1 groups"):
@@ -304,15 +322,21 @@ def test_what_cannot_be_inspected_is_refused(root, make_model, tmp_path):
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(ValueError, match="is a bert; only ModernALBERT has a router"):
         inspect(tmp_path, "bert", tmp_path / "page.html")
+    diverged = make_model(ModernAlbertForMaskedLM)
+    diverged.model.layers[1].mlp.router.weight.data.fill_(math.nan)
+    diverged.save_pretrained(tmp_path / "diverged")
+    save_tokenizer(tokenizer, tmp_path / "diverged")
+    with pytest.raises(ValueError, match="is not finite: training diverged"):
+        inspect(tmp_path, "diverged", tmp_path / "page.html", "--text", root / "texts.jsonl")
     with pytest.raises(ValueError, match=r"must end in \.html"):
         inspect(root, "masked-lm", tmp_path / "page.json")
-    with pytest.raises(ValueError, match=r"`max_length` \(65\) must be at least 1 and at most 64"):
+    with pytest.raises(ValueError, match=r"`max_length` \(65\) must be at most the 64 tokens"):
         inspect(root, "masked-lm", tmp_path / "page.html", "--max_length", 65)
     with pytest.raises(ValueError, match=r"`max_tokens` \(0\) must be at least 1"):
         inspect(root, "masked-lm", tmp_path / "page.html", "--max_tokens", 0)
     with pytest.raises(FileNotFoundError, match="no file matches"):
         inspect(root, "masked-lm", tmp_path / "page.html", "--text", tmp_path / "missing.jsonl")
-    for name, content, message in (("empty", "", "cannot read .*empty.txt"), ("blank", " \n\n", "texts are empty")):
+    for name, content, message in (("empty", "", "empty.txt.* has no rows"), ("blank", " \n\n", "texts are empty")):
         (tmp_path / f"{name}.txt").write_text(content)
         with pytest.raises(ValueError, match=message):
             inspect(root, "masked-lm", tmp_path / "page.html", "--text", tmp_path / f"{name}.txt")

@@ -1,8 +1,10 @@
 """Merging as users run it: every format, the figures of the report, the way to the Hub, and routing seen in training."""
 
 import copy
+import html
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -12,17 +14,26 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
 
-from modernalbert import ModernAlbertForMaskedLM, ModernAlbertForSequenceClassification
+from modernalbert import (
+    ModernAlbertForMaskedLM,
+    ModernAlbertForSequenceClassification,
+    ModernAlbertForTokenClassification,
+)
 from modernalbert.tokenization import padded_vocab_size, save_tokenizer, train_tokenizer
 from modernalbert.training.callbacks import RoutingFrequencies
-from modernalbert.training.data import PackedCollator, TokenMasker, load_texts, pack_texts
+from modernalbert.training.data import load_texts
+from modernalbert.training.evaluation.metrics import score_model
 from modernalbert.training.export import folder as export
+from modernalbert.training.export.adapter import write_adapter
 from modernalbert.training.export.folder import push_folder
-from modernalbert.training.reports.merging import recovered_share, states_by_depth, write_adapter
+from modernalbert.training.export.redaction import read_text
+from modernalbert.training.packing import PackedCollator, TokenMasker, pack_texts
+from modernalbert.training.reports.merging import recovered_share, states_by_depth
 
 
 TEXTS = [f"Sentence number {n} says that {n} times {n} is {n * n}." for n in range(40)]
 ROWS = [{"a": text, "b": "and more", "y": n % 3} for n, text in enumerate(TEXTS)]
+CLUSTER = ["--method", "cluster", "--format", "routed", "--calibration_data", "x"]
 GROUPS = {"mol_groups": [0, 1], "mol_intermediate_size": 40}
 
 
@@ -47,6 +58,7 @@ def root(tiny, tokenizer, tmp_path_factory):
     """A folder with a masked language model, a classifier of three classes, texts and labelled rows."""
     root = tmp_path_factory.mktemp("merging")
     (root / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    shutil.copy(root / "texts.jsonl", root / "calibration.jsonl")
     (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     masked_lm = tiny(ModernAlbertForMaskedLM)
     classifier = tiny(ModernAlbertForSequenceClassification, seed=1, num_labels=3)
@@ -68,7 +80,7 @@ def merge(root, name, output, *arguments):
 
 
 def calibrate(root):
-    return ["--calibration_data", root / "texts.jsonl", "--calibration_rows", 20]
+    return ["--calibration_data", root / "calibration.jsonl", "--calibration_rows", 20]
 
 
 def packed_batch(root, tokenizer):
@@ -140,13 +152,13 @@ def test_a_masked_language_model_is_merged_and_measured(root, tokenizer, tmp_pat
     card = (tmp_path / "out" / "README.md").read_text()
     assert "library_name: transformers" in card and "| regression |" in card and "without\nrouting" in card
     for path in (tmp_path / "out").iterdir():
-        assert str(root) not in export.read_text(path), path.name
+        assert str(root) not in read_text(path), path.name
 
 
 def test_usage_is_the_mean_weight_of_each_expert(root, tokenizer, tmp_path, no_check):
     report = merge(root, "masked-lm", tmp_path / "out", "--calibration_data", root / "texts.jsonl")
     assert report["error_text"] == "calibration" and "routed" not in report
-    assert report["not_measured"] == ["the loss or the metric of the task; give `validation_data`"]
+    assert report["not_measured"] == ["the loss or the metric of the task: the command had no `validation_data`"]
     routed = ModernAlbertForMaskedLM.from_pretrained(root / "masked-lm").eval()
     # All texts, in any order: they do not see each other, but where rows cut them.
     script = load_script("merge_experts")
@@ -182,8 +194,66 @@ def test_a_classifier_is_measured_by_its_task(root, tokenizer, tmp_path, no_chec
         logits = merged(**tokenizer(row["a"], row["b"], truncation=True, max_length=32, return_tensors="pt")).logits
         right += int(logits.argmax() == row["y"])
     assert report["methods"]["svd"]["score"] == {"accuracy": right / len(ROWS)}
-    assert report["not_measured"] == ["usage and similarity of the experts; give `calibration_data`"]
+    assert report["not_measured"] == ["usage and similarity of the experts: the command had no `calibration_data`"]
     assert set(report["methods"]["svd"]["layer_error"]) == {"0", "1"}
+
+
+def test_a_class_is_its_name_in_the_validation_rows(root, tiny, tokenizer, tmp_path, no_check):
+    """Rows that lack a class, and name the others in another order than the model, score as the names say."""
+    model = tiny(ModernAlbertForSequenceClassification, seed=1, num_labels=3)
+    model.config.id2label, model.config.label2id = {0: "7", 1: "2", 2: "N"}, {"7": 0, "2": 1, "N": 2}
+    model.save_pretrained(tmp_path / "named")
+    save_tokenizer(tokenizer, tmp_path / "named")
+    names = ["7", "2"] * 20
+    (tmp_path / "rows.csv").write_text(
+        "text,label\n" + "".join(f"{t},{n}\n" for t, n in zip(TEXTS, names, strict=True))
+    )
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"text": t, "label": int(n)}) + "\n" for t, n in zip(TEXTS, names, strict=True))
+    )
+    with torch.no_grad():
+        inputs = tokenizer(TEXTS, padding=True, truncation=True, max_length=32, return_tensors="pt")
+        predicted = model(**inputs).logits.argmax(-1).tolist()
+    expected = sum(model.config.id2label[p] == name for p, name in zip(predicted, names, strict=True)) / 40
+    for ending in ("csv", "jsonl"):
+        report = merge(tmp_path, "named", tmp_path / ending, "--validation_data", tmp_path / f"rows.{ending}")
+        assert report["routed"] == {"accuracy": expected}
+    (tmp_path / "rows.csv").write_text("text,label\na,7\nb,8\n")
+    with pytest.raises(ValueError, match="row 1 of .* has the label '8', expected one of .* '7', '2', 'N'"):
+        merge(tmp_path, "named", tmp_path / "out", "--validation_data", tmp_path / "rows.csv")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_regression_needs_labels_that_differ(tiny, tokenizer, tmp_path):
+    tiny(ModernAlbertForSequenceClassification, num_labels=1).save_pretrained(tmp_path / "model")
+    save_tokenizer(tokenizer, tmp_path / "model")
+    (tmp_path / "rows.csv").write_text("text,label\na,1.5\nb,1.5\n")
+    with pytest.raises(ValueError, match="all labels of `validation_data` are 1.5: nothing correlates"):
+        merge(tmp_path, "model", tmp_path / "out", "--validation_data", tmp_path / "rows.csv")
+    assert not (tmp_path / "out").exists()
+
+
+def test_figures_that_are_not_finite_are_refused(tiny, tokenizer):
+    model = tiny(ModernAlbertForMaskedLM)
+    with torch.no_grad():
+        model.decoder.bias[0] = float("nan")
+    batch = {**tokenizer(TEXTS[:2], padding=True, return_tensors="pt")}
+    with pytest.raises(ValueError, match="loss is not finite"):
+        score_model(model, [{**batch, "labels": batch["input_ids"]}])
+
+
+def test_a_report_says_where_it_was_measured_on_text_of_the_methods(root, tmp_path, no_check):
+    same = ["--calibration_data", root / "texts.jsonl", "--validation_data", root / ".." / root.name / "texts.jsonl"]
+    report = merge(root, "masked-lm", tmp_path / "out", *same, "--calibration_rows", 4)
+    (reason,) = report["not_measured"]
+    assert reason.endswith("texts.jsonl is both `calibration_data` and `validation_data`")
+
+
+def test_a_report_says_why_nothing_was_measured(root, tmp_path, no_check):
+    report = merge(root, "masked-lm", tmp_path / "out")
+    (reason,) = report["not_measured"]
+    assert reason.startswith("what merging costs: the command had neither `calibration_data` nor `validation_data`")
+    assert html.escape(reason) in (tmp_path / "out" / "merge_report.html").read_text()
 
 
 def test_recovered_share():
@@ -232,7 +302,7 @@ def test_a_single_adapter_becomes_one_of_peft(tiny, tokenizer, tmp_path, no_chec
     model = tiny(ModernAlbertForMaskedLM, num_experts=1, num_experts_per_tok=1)
     model.save_pretrained(tmp_path / "model")
     save_tokenizer(tokenizer, tmp_path / "model")
-    (tmp_path / "texts.jsonl").write_text(json.dumps({"text": " ".join(TEXTS)}) + "\n")
+    (tmp_path / "calibration.jsonl").write_text(json.dumps({"text": " ".join(TEXTS)}) + "\n")
     report = merge(tmp_path, "model", tmp_path / "out", "--format", "adapter", *calibrate(tmp_path))
     assert report["experts"]["1"]["usage"] == [[1], [1]]
     assert (
@@ -242,7 +312,7 @@ def test_a_single_adapter_becomes_one_of_peft(tiny, tokenizer, tmp_path, no_chec
 
 def test_an_adapter_that_differs_is_refused(tiny, tokenizer, tmp_path, no_check, monkeypatch):
     monkeypatch.setattr(
-        "modernalbert.training.reports.merging.LoraConfig", lambda lora_alpha, **others: LoraConfig(**others)
+        "modernalbert.training.export.adapter.LoraConfig", lambda lora_alpha, **others: LoraConfig(**others)
     )
     from peft import LoraConfig
 
@@ -262,7 +332,8 @@ def test_fewer_experts_reload(root, tmp_path, no_check):
 
 
 def test_weights_seen_in_training_merge_by_ema(root, tmp_path, no_check):
-    files = ["--train_files", root / "rows.jsonl", "--validation_files", root / "rows.jsonl"]
+    (tmp_path / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:12]))
+    files = ["--train_files", root / "rows.jsonl", "--validation_files", tmp_path / "few.jsonl"]
     task = [
         *files,
         "--text_columns",
@@ -309,9 +380,20 @@ def test_weights_seen_in_training_merge_by_ema(root, tmp_path, no_check):
         (["--routing_weights", "{root}/rows.jsonl"], "does not hold routing weights"),
         (["--routing_weights", "{root}/other.json"], r"MoL groups \[5\], this one has \[0, 1\]"),
         (["--validation_data", "{root}/rows.jsonl"], "has no column 'text'"),
+        (["--text_columns", "a", "a"], "must be one or two columns and another one"),
+        (["--label_column", "text"], "must be one or two columns and another one"),
+        (["--rank", "33"], r"`rank` \(33\) must be at most 32"),
+        (["--rank", "0"], r"`rank` \(0\) must be at least 1"),
+        (["--max_length", "65"], r"`max_length` \(65\) must be at most the 64 tokens"),
+        ([*CLUSTER, "--num_experts", "4"], r"`num_experts` \(4\) must be from 2 to 3"),
+        ([*CLUSTER, "--num_experts", "1"], r"`num_experts` \(1\) must be from 2 to 3"),
+        (["--calibration_data", "{root}/blank.txt"], "`calibration_data` holds no text"),
+        (["--validation_data", "{root}/one.txt"], "no token of `validation_data` is masked"),
     ],
 )
 def test_what_does_not_go_together_is_refused(root, tmp_path, arguments, message):
+    (root / "blank.txt").write_text(" \n" * 200)
+    (root / "one.txt").write_text("a\n")
     (root / "other.json").write_text('{"mol_groups": [5], "weights": [[1, 2, 3, 4]]}')
     with pytest.raises(ValueError, match=message):
         merge(root, "masked-lm", tmp_path / "out", *(argument.format(root=root) for argument in arguments))
@@ -319,9 +401,29 @@ def test_what_does_not_go_together_is_refused(root, tmp_path, arguments, message
 
 
 @pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([[-1, 1, 1, 1]] * 2, r"the weights of group 0 are \[-1, 1, 1, 1\], expected finite numbers of at least 0"),
+        ([[1, 1, 1, 1], [0, 0, 0, 0]], "the weights of group 1 are .* not all 0"),
+        ([[float("nan")] * 4] * 2, "expected finite numbers"),
+        ([[1e999] * 4] * 2, "expected finite numbers"),
+        ([["1"] * 4] * 2, "expected finite numbers"),
+        ([[0.5, 0.5]] * 2, r"rows of \[2, 2\], expected 2 rows, one for each MoL group, of 4 values"),
+        ("none", "`weights` is none, expected a list of rows"),
+    ],
+)
+def test_weights_that_are_no_shares_are_refused(root, tmp_path, weights, message):
+    (tmp_path / "weights.json").write_text(json.dumps({"mol_groups": [0, 1], "weights": weights}))
+    with pytest.raises(ValueError, match=f"weights.json': .*{message}"):
+        merge(root, "masked-lm", tmp_path / "out", "--method", "ema", "--routing_weights", tmp_path / "weights.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["weights.json"]
+
+
+@pytest.mark.parametrize(
     ("overrides", "arguments", "message"),
     [
         ({"ffn_modulation": "moa"}, [], "only a Mixture of LoRAs can be merged, and `ffn_modulation` is 'moa'"),
+        ({"num_experts": 0}, [], "there is nothing to merge in .*: `num_experts` is 0"),
         ({"router_type": "depth"}, ["--validation_data", "x"], "`router_type` is 'depth'; use .* and give no text"),
     ],
     ids=str,
@@ -330,6 +432,12 @@ def test_what_cannot_be_merged_is_refused(tiny, tmp_path, overrides, arguments, 
     tiny(ModernAlbertForMaskedLM, **overrides).save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match=message):
         merge(tmp_path, "model", tmp_path / "out", *arguments)
+
+
+def test_validation_rows_are_for_two_heads(tiny, tmp_path):
+    tiny(ModernAlbertForTokenClassification).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="sequence classifiers, not for a ModernAlbertForTokenClassification"):
+        merge(tmp_path, "model", tmp_path / "out", "--validation_data", "x")
 
 
 # ---- The Hub
@@ -372,10 +480,10 @@ def test_a_dry_run_lists_and_uploads_nothing(root, tmp_path, no_check, api, capl
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("note.json", '{"from": "{source}/x"}', "names a folder of this machine"),
-        ("note.md", "made in {home}/runs", "names a folder of this machine"),
-        ("note.txt", "hf_" + "aB3" * 10, "access token"),
-        ("note.py", 'TOKEN = "hf_' + "aB3" * 10 + '"', "access token"),
+        ("note.json", '{"from": "{source}/x"}', "names a local path"),
+        ("note.md", "made in {home}/runs", "names a local path"),
+        ("note.txt", "hf_" + "aB3" * 10, "looks like a secret"),
+        ("note.py", 'TOKEN = "hf_' + "aB3" * 10 + '"', "looks like a secret"),
         ("training_args.bin", "x", "none of the files of a model"),
         ("optimizer.safetensors", None, "state of a training run"),
         ("trainer_state.json", "{}", "state of a training run"),
@@ -386,14 +494,14 @@ def test_what_is_not_for_the_public_is_refused(tmp_path, api, monkeypatch, name,
     folder, source = tmp_path / "out", tmp_path / "source"
     (folder / "part").mkdir(parents=True)
     (folder / "config.json").write_text('{"model_type": "modernalbert", "note": "hf_hub_download"}')
-    push_folder(folder, "someone/merged", [source], dry_run=True)
+    push_folder(folder, "someone/merged", dry_run=True)
     if content is None:
         save_file({"exp_avg.0": torch.ones(1)}, folder / "part" / name)
     else:
         content = content.replace("{source}", str(source)).replace("{home}", str(tmp_path / "home"))
         (folder / "part" / name).write_text(content)
     with pytest.raises(ValueError, match=f"'part/{name}' .*{message}.*nothing was uploaded"):
-        push_folder(folder, "someone/merged", [source])
+        push_folder(folder, "someone/merged")
     assert not api.calls
 
 

@@ -21,7 +21,7 @@ from modernalbert.merging_modernalbert import METHODS, routing_weights
 from modernalbert.mixture_modernalbert import FEED_FORWARD_LAYERS, GroupedMixture, ModernAlbertMLP, ModernAlbertMoL
 from modernalbert.routing_modernalbert import ROUTERS, load_balancing_loss
 from modernalbert.training.callbacks import RoutingFrequencies
-from modernalbert.training.pretraining import routing_statistics
+from modernalbert.training.trainer import routing_statistics
 
 
 # With 4 experts of random weights, half of the probability takes one, two or three of them.
@@ -431,12 +431,12 @@ def packed_rows(texts):
     rows, mask = torch.zeros(2, 15, dtype=torch.long), torch.zeros(2, 15, dtype=torch.long)
     positions = torch.ones(2, 15, dtype=torch.long)
     for row, start, text in ((0, 0, texts[0]), (0, 10, texts[1]), (1, 2, texts[2])):
-        place = slice(start, start + len(text))
-        rows[row, place], mask[row, place], positions[row, place] = text, 1, torch.arange(len(text))
+        columns = slice(start, start + len(text))
+        rows[row, columns], mask[row, columns], positions[row, columns] = text, 1, torch.arange(len(text))
     return {"input_ids": rows, "attention_mask": mask, "position_ids": positions}
 
 
-def end_to_end(texts):
+def one_packed_row(texts):
     ends = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
     return {"input_ids": torch.cat(texts)[None], "cu_seq_lens_q": ends}
 
@@ -445,7 +445,7 @@ BATCHES = {
     "right": lambda texts: padded_rows(texts, left=False),
     "left": lambda texts: padded_rows(texts, left=True),
     "packed": packed_rows,
-    "end to end": end_to_end,
+    "one packed row": one_packed_row,
 }
 
 

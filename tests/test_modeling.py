@@ -307,6 +307,16 @@ def test_loading_initialises_what_is_missing_and_nothing_else(nano, model_class,
             assert_initialised(nano, name, tensor)
 
 
+@pytest.mark.parametrize("pad_token_id", [100, -1])
+def test_a_padding_token_outside_the_vocabulary_is_refused(make_config, pad_token_id):
+    """By the model, and not by the configuration, whose default is ModernBERT's token."""
+    config = make_config(pad_token_id=pad_token_id)
+    with pytest.raises(
+        ValueError, match=rf"`pad_token_id` \({pad_token_id}\) must be below `vocab_size` \(100\).*None"
+    ):
+        ModernAlbertModel(config)
+
+
 def test_tied_decoder_is_the_embedding_table(make_config):
     tied = ModernAlbertForMaskedLM(make_config())
     assert tied.decoder.weight is tied.model.embeddings.tok_embeddings.weight
@@ -746,6 +756,12 @@ def test_too_long_a_text_is_refused(make_model, padded):
         ValueError, match="a sequence has 9 tokens.*at most 8 .`max_position_embeddings`.; truncate it"
     ):
         model(input_ids, mask if padded else None)
+
+
+@pytest.mark.parametrize("rope_type", ["linear", "dynamic"])
+def test_scaled_rope_takes_longer_sequences(make_model, rope_type):
+    model = make_model(max_position_embeddings=8, rope_parameters={"rope_type": rope_type, "factor": 2.0})
+    assert model(torch.arange(3, 17)[None]).last_hidden_state.isfinite().all()
 
 
 def test_length_is_that_of_texts_not_of_rows(make_model):

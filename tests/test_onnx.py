@@ -27,8 +27,13 @@ from modernalbert.training.export import onnx as onnx_export  # noqa: E402
 
 PAGE = ROOT / "docs" / "deployment.md"
 TEXTS = ["The quick brown fox jumps over the lazy dog.", "A lazy cat.", "Zürich sells crème brûlée."]
+# An export costs seconds a layer: one block that runs twice, but for the encoder alone, which has two such.
+SMALL = {"num_hidden_layers": 2, "num_hidden_groups": 1, "mol_groups": [0]}
 HEADS = {
-    "ModernAlbertModel": (["last_hidden_state"], {}),
+    "ModernAlbertModel": (
+        ["last_hidden_state"],
+        {"num_hidden_layers": 4, "num_hidden_groups": 2, "mol_groups": [1]},
+    ),
     "ModernAlbertForMaskedLM": (["logits"], {"mol_groups": [], "num_experts": 4, "decoder_bias": False}),
     "ModernAlbertForSequenceClassification": (["logits"], {"num_labels": 3}),
     "ModernAlbertForTokenClassification": (["logits"], {"num_labels": 5}),
@@ -53,8 +58,8 @@ def make_folder(make_model, tokenizer, tmp_path_factory):
     """Saves a model with full and sliding layers, and gives its folder."""
 
     def make(head, dtype=torch.float32, **overrides):
-        settings = {"num_experts": 0, "vocab_size": padded_vocab_size(tokenizer), **overrides}
-        settings["layer_types"] = ["full_attention", "sliding_attention"] * 2
+        settings = {**SMALL, "num_experts": 0, "vocab_size": padded_vocab_size(tokenizer), **overrides}
+        settings["layer_types"] = ["full_attention", "sliding_attention"] * (settings["num_hidden_layers"] // 2)
         folder = tmp_path_factory.mktemp("models") / "model"
         make_model(getattr(modernalbert, head), dtype=dtype, **settings).save_pretrained(folder)
         save_tokenizer(tokenizer, folder)
@@ -104,8 +109,8 @@ def exported(make_folder, script, reported):
 def batch_of(shape, *mask):
     """Random tokens, and a mask of the spans `[start, end)` that are real in each row."""
     input_ids = torch.randint(5, 300, shape, generator=torch.Generator().manual_seed(0))
-    places = torch.arange(shape[-1])
-    mask = torch.stack([(places >= start) & (places < end) for start, end in mask]).long()
+    positions = torch.arange(shape[-1])
+    mask = torch.stack([(positions >= start) & (positions < end) for start, end in mask]).long()
     return {"input_ids": input_ids, "attention_mask": mask.view(shape)}
 
 
@@ -156,7 +161,8 @@ def test_quantized_stays_near(exported, head):
 
 def test_every_product_with_a_weight_is_quantized(make_model, tmp_path):
     """And a weight that two layers share is stored once."""
-    model = make_model(modernalbert.ModernAlbertForMaskedLM, num_experts=0, hidden_size=128, intermediate_size=256)
+    settings = {**SMALL, "num_experts": 0, "hidden_size": 128, "intermediate_size": 256}
+    model = make_model(modernalbert.ModernAlbertForMaskedLM, **settings)
     plain, small = tmp_path / "model.onnx", tmp_path / "model_int8.onnx"
     onnx_export.write_onnx(model, plain)
     onnx_export.quantize_onnx(plain, small)
@@ -166,8 +172,8 @@ def test_every_product_with_a_weight_is_quantized(make_model, tmp_path):
     graph = onnx.load(small).graph
     products = [node.op_type for node in graph.node if node.op_type.startswith("MatMul")]
     layers = model.config.num_hidden_layers
-    # Four of each layer, and the embedding's projection, the head and the decoder; attention multiplies activations.
-    assert products.count("MatMulInteger") == 4 * layers + 3 and products.count("MatMul") == 2 * layers
+    # Four of each layer, the embedding's projection, the head's two and the decoder; attention multiplies activations.
+    assert products.count("MatMulInteger") == 4 * layers + 4 and products.count("MatMul") == 2 * layers
     assert set(tmp_path.iterdir()) == {small, plain}
     assert model.config._attn_implementation == "sdpa"  # as it was before the export
 
@@ -247,8 +253,14 @@ def test_a_failure_leaves_nothing(exported, tokenizer, tmp_path, monkeypatch):
     graph = SimpleNamespace(graph=[], opset_imports={"": 18})
     program = SimpleNamespace(model=graph, save=lambda path: path.touch())
     monkeypatch.setattr(torch.onnx, "export", lambda *args, **kwargs: program)
-    with pytest.raises(ValueError, match="cannot write opset 99, only 18"):
-        onnx_export.export_onnx(model, tokenizer, tmp_path / "onnx", opset=99)
+    with pytest.raises(ValueError, match="cannot write opset 19, only 18"):
+        onnx_export.export_onnx(model, tokenizer, tmp_path / "onnx", opset=19)
+    with pytest.raises(ValueError, match=r"`opset` \(17\) must be from 18 to"):
+        onnx_export.export_onnx(model, tokenizer, tmp_path / "onnx", opset=17)
+    (tmp_path / "model.onnx").write_bytes(b"x")
+    with pytest.raises(ValueError, match="onnxruntime cannot run 'model.onnx'"):
+        onnx_export.open_session(tmp_path / "model.onnx")
+    (tmp_path / "model.onnx").unlink()
     assert list(tmp_path.iterdir()) == []
 
 

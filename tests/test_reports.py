@@ -1,33 +1,16 @@
-"""What a run leaves to read: the HTML report, the model card; and the recipes that say what runs."""
+"""The page about a training run: every curve, without network, nothing unescaped."""
 
-import dataclasses
 import html.parser
-import json
 import math
 import re
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-import yaml
-from helpers import ROOT, load_script
-from huggingface_hub import ModelCard
-from huggingface_hub.repocard_data import model_index_to_eval_results
-from transformers import TrainingArguments
 
-import modernalbert
-from modernalbert.configuration_modernalbert import PRESETS
-from modernalbert.tokenization import padded_vocab_size, save_tokenizer, train_tokenizer
-from modernalbert.training.cli import parse_arguments
-from modernalbert.training.export import cards
-from modernalbert.training.export.cards import PretrainingFacts, clean, environment, hub_id, write_card
 from modernalbert.training.reports import curves as report
 from modernalbert.training.reports.curves import write_report
-
-
-RECIPES = {path.stem: path for path in (ROOT / "recipes").glob("*.yaml") if path.stem not in ("fsdp", "glue")}
-PAPER = sorted(set(PRESETS) - {"nano"})
+from modernalbert.training.reports.html import INK
+from modernalbert.training.reports.tables import html_table, markdown_table, text_table
 
 
 def training_log(steps=range(10, 60, 10)):
@@ -74,10 +57,16 @@ def test_report_shows_every_curve(tmp_path):
     log = training_log()
     page = read_report(tmp_path, log, facts={"seed": "7"})
     text = Text(page).texts
-    titles = {"losses", "learning rate", "tokens per second, MFU 41.0% (median)", "gradient norm"}
+    titles = {
+        "losses",
+        "balancing loss, 1 = even",
+        "learning rate",
+        "tokens per second, MFU 41.0% (median)",
+        "gradient norm",
+    }
     titles |= {"router entropy, 1 = uniform", "expert load, group_4", "expert load, group_5"}
     assert titles <= set(text["text"])
-    assert {"loss", "mlm_loss", "kl_loss", "hidden_loss", "aux_loss", "eval_loss", "even"} <= set(text["text"])
+    assert {"loss", "mlm_loss", "kl_loss", "hidden_loss", "eval_loss", "even"} <= set(text["text"])
     assert text["text"].count("expert_3") == 2 and text["text"].count("group_5") == 1
     assert text["h1"] == ["A run"]
     rows = rows_of(page)
@@ -94,7 +83,7 @@ def test_report_needs_no_network(tmp_path):
 
 def test_report_follows_the_color_of_the_page(tmp_path):
     page = read_report(tmp_path, training_log())
-    assert "currentColor" in page and report.INK not in page
+    assert "currentColor" in page and INK not in page
     assert "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()
 
 
@@ -109,8 +98,9 @@ def test_report_survives_what_is_not_finite(tmp_path):
     log = [{"step": step, "loss": value} for step, value in enumerate((2.0, math.nan, math.inf, -math.inf, 1.5))]
     log += [{"step": 9, "grad_norm": math.nan, "mfu": math.nan, "tokens_per_second": 5}]
     page = read_report(tmp_path, log)
-    assert rows_of(page)["loss"] == "1.5" and rows_of(page)["grad_norm"] == "nan"
+    assert rows_of(page)["loss"] == "1.5" and rows_of(page)["grad_norm"] == "not finite"
     assert "tokens per second" in Text(page).texts["text"]
+    assert not re.search(r"\b(nan|inf|infinity)\b", page, re.IGNORECASE)
 
 
 def test_a_resumed_run_counts_once():
@@ -146,226 +136,15 @@ def test_a_failed_report_leaves_the_old_one(tmp_path, monkeypatch):
     assert (tmp_path / "report.html").read_text() == page
 
 
-@pytest.fixture
-def facts():
-    return PretrainingFacts(
-        name="someone/modernalbert-tiny",
-        preset="tiny",
-        config=modernalbert.ModernAlbertConfig.preset("tiny"),
-        tokenizer="answerdotai/ModernBERT-base",
-        recipe={"learning_rate": 3.8e-4, "train_data": ["/srv/jane/c4/*.jsonl"], "hub_token": "secret"},
-        data=["HuggingFaceFW/fineweb-edu:sample-100BT", "HuggingFaceFW/fineweb-edu", "/srv/jane/c4/part.jsonl"],
-        tokens=30_000_000_000,
-        max_length=1024,
-        mlm_probability=0.3,
-        precision="bf16",
-        seconds=3723.0,
-        train_losses={"mlm_loss": 2.0, "kl_loss": math.nan},
-        eval_losses={
-            "Salesforce/wikitext:wikitext-103-raw-v1": 2.5,
-            "/srv/jane/mine.jsonl": 3.0,
-            "a/b": math.nan,
-            "c/d": 1e3,
-        },
-        validation_split="validation",
-        teacher="answerdotai/ModernBERT-base",
-        initialised_from="answerdotai/ModernBERT-base",
-    )
+def test_the_balancing_loss_has_a_panel_of_its_own():
+    panels = report.select_panels(report.read_curves(training_log()))
+    assert set(panels["losses"]) == {"loss", "mlm_loss", "kl_loss", "hidden_loss", "eval_loss"}
+    assert set(panels["balancing loss, 1 = even"]) == {"aux_loss"}
 
 
-def test_card_metadata_obeys_the_hub(tmp_path, facts):
-    path = write_card(tmp_path, facts)
-    card = ModelCard.load(path)
-    metadata = yaml.safe_load(path.read_text().split("---\n")[1])
-    assert card.data.to_dict() == metadata
-    assert metadata["license"] == "apache-2.0" and metadata["language"] == ["en"]
-    assert metadata["library_name"] == "transformers" and metadata["pipeline_tag"] == "fill-mask"
-    assert metadata["datasets"] == ["HuggingFaceFW/fineweb-edu"]
-    assert metadata["base_model"] == "answerdotai/ModernBERT-base"
-    assert {"modernalbert", "recursive-transformer", "mixture-of-loras", "distillation"} <= set(metadata["tags"])
-    name, results = model_index_to_eval_results(metadata["model-index"])
-    assert name == "modernalbert-tiny"
-    assert {result.dataset_type for result in results} == {"Salesforce/wikitext"}
-    assert {result.metric_type: result.metric_value for result in results} == {
-        "loss": 2.5,
-        "perplexity": pytest.approx(math.exp(2.5), abs=1e-4),
-    }
-    assert all(result.dataset_split == "validation" and result.dataset_name for result in results)
-    assert all(result.dataset_config == "wikitext-103-raw-v1" for result in results)
-
-
-def test_card_says_what_was_done(tmp_path, facts):
-    text = ModelCard.load(write_card(tmp_path, facts)).text
-    for part in (
-        *("30,000,000,000", "14 run, with the weights of 7 groups", "groups 5, 6", "8 experts of rank 16", "takes 2"),
-        *("1 h 02 min", "| mlm_loss | 2.0000 |", "| kl_loss | nan |", "| 2.5000 | 12.18 |", "bf16", "2512.12880"),
-        *(
-            "| nan | nan |",
-            "| 1000.0000 | inf |",
-            "not the\npaper's weights",
-            "learning_rate: 0.00038",
-            f"| commit | {environment()['commit']} |",
-        ),
-    ):
-        assert part in text, part
-    assert "{{" not in text and "{%" not in text and "None" not in text and "\n\n\n" not in text
-    tables = [block for block in text.split("\n\n") if block.startswith("|")]
-    assert len(tables) == 4
-    for table in tables:
-        assert len({line.count("|") for line in table.splitlines()}) == 1
-
-
-@pytest.mark.parametrize(
-    ("fields", "said"),
-    [
-        ({}, "of which a token takes 2, router `top_k`"),
-        ({"router_type": "soft"}, "8 experts of rank 16, router `soft`"),
-        ({"ffn_modulation": "moa"}, "with a mixture of adapters in the shared"),
-        ({"ffn_modulation": "depth_lora"}, "| LoRA for every depth | groups 5, 6 (from 0): rank 16 |"),
-        ({"ffn_modulation": "none"}, "share weights in groups. Pretrained"),
-    ],
-)
-def test_card_names_what_modulates_the_shared_layers(tmp_path, facts, fields, said):
-    config = modernalbert.ModernAlbertConfig.preset("tiny", **fields)
-    text = ModelCard.load(write_card(tmp_path, dataclasses.replace(facts, config=config))).text
-    routed = config.ffn_modulation == "mol"
-    assert said in text and ("Mixture of LoRAs |" in text) == ("merge_experts" in text) == routed
-
-
-def test_card_of_a_run_without_anything_optional(tmp_path, facts):
-    nothing = {"teacher": None, "initialised_from": None, "eval_losses": {}, "train_losses": {}, "preset": None}
-    config = modernalbert.ModernAlbertConfig.preset("tiny", num_experts=0)
-    bare = dataclasses.replace(facts, data=["data/*.jsonl"], name="runs/mine", config=config, **nothing)
-    card = ModelCard.load(write_card(tmp_path, bare))
-    assert not {"base_model", "datasets", "model-index", "model_name"} & card.data.to_dict().keys()
-    assert "merge_experts" not in card.text and "Not evaluated" in card.text and "`None`" not in card.text
-
-
-def test_card_names_no_folder_of_this_machine(tmp_path, facts):
-    start = tmp_path / "jane" / "init"
-    start.mkdir(parents=True)
-    (start / "initialization.json").write_text(json.dumps({"teacher": "answerdotai/ModernBERT-large"}))
-    local = {"teacher": "~/jane/teacher", "initialised_from": str(start), "name": str(tmp_path / "jane" / "model")}
-    path = write_card(tmp_path, dataclasses.replace(facts, **local))
-    assert not re.search(r"jane|secret|" + re.escape(str(tmp_path)), path.read_text())
-    assert "`init`, made from `answerdotai/ModernBERT-large`" in path.read_text()
-    assert ModelCard.load(path).data.base_model == "answerdotai/ModernBERT-large"
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        ("/srv/jane/data/", "data"),
-        ("/srv/jane doe/data", "data"),
-        ("~/data/a.jsonl", "a.jsonl"),
-        ("../data/*.jsonl", "*.jsonl"),
-        ("data/part/*.jsonl", "*.jsonl"),
-        ("C:\\Users\\jane\\data", "data"),
-        ("file:///srv/jane/data", "data"),
-        ("cp /srv/jane/a.txt --to=/mnt/b c:/srv/jane", "cp a.txt --to=b c:jane"),
-        ("https://example.org/a/b", "https://example.org/a/b"),
-        ("see https://jane:secret@example.org/a", "see https://example.org/a"),
-        ("token hf_abcdefghijklmnop", "token "),
-        ("org/name:config", "org/name:config"),
-        ("8 x GPU, 9 tokens/s", "8 x GPU, 9 tokens/s"),
-        (Path("/srv/jane/data"), "data"),
-        ({"a": ("/b/c", 1, None, True), "hub_token": "x"}, {"a": ["c", 1, None, True]}),
-    ],
-)
-def test_clean(given, expected):
-    assert clean(given) == expected
-
-
-def test_hub_ids(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("runs/tiny").mkdir(parents=True)
-    assert hub_id("org/name") == hub_id("org/name:config") == "org/name"
-    local = ("runs/tiny", "name", "data/a.jsonl", "data/*", "/a/b", "a/b/c", "~/a", "./a", "")
-    assert [hub_id(source) for source in local] == [None] * len(local)
-
-
-def test_a_failed_card_leaves_the_old_one(tmp_path, facts, monkeypatch):
-    (tmp_path / "README.md").write_text("old")
-    monkeypatch.setattr(cards, "TEMPLATE", tmp_path / "missing.md")
-    with pytest.raises(FileNotFoundError):
-        write_card(tmp_path, facts)
-    assert (tmp_path / "README.md").read_text() == "old"
-
-
-def test_environment_knows_the_commit_or_says_so(tmp_path, monkeypatch):
-    assert {"hardware", "commit", "torch", "transformers", "modernalbert", "python"} == environment().keys()
-    monkeypatch.setattr(cards, "ROOT", tmp_path)
-    assert environment()["commit"] == "unknown"
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
-    subprocess.run([*git, "init", "-q"], check=True)
-    (tmp_path / "file").write_text("one")
-    subprocess.run([*git, "add", "file"], check=True)
-    subprocess.run([*git, "commit", "-qm", "one"], check=True)
-    assert re.fullmatch("[0-9a-f]{40}", environment()["commit"])
-    (tmp_path / "file").write_text("two")
-    assert environment()["commit"].endswith(" with local changes")
-    monkeypatch.setattr(cards, "ROOT", tmp_path / "site-packages")  # of an environment inside somebody's repository
-    assert environment()["commit"] == "unknown"
-    monkeypatch.setenv("PATH", "")
-    assert environment()["commit"] == "unknown"
-
-
-def test_usage_of_the_card_runs_as_written(tmp_path, facts):
-    tokenizer = train_tokenizer(["The capital of France is Paris."] * 3, vocab_size=300, model_max_length=64)
-    config = modernalbert.ModernAlbertConfig.preset("nano", vocab_size=padded_vocab_size(tokenizer))
-    config.pad_token_id = tokenizer.pad_token_id
-    modernalbert.ModernAlbertForMaskedLM(config).save_pretrained(tmp_path / "model")
-    save_tokenizer(tokenizer, tmp_path / "model")
-    path = write_card(tmp_path / "model", dataclasses.replace(facts, name="model", config=config))
-    code = "\n".join(re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL))
-    stranger = 'import sys; sys.modules["modernalbert"] = None\n' + code
-    environment = {"PATH": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_MODULES_CACHE": str(tmp_path / "hf")}
-    run = subprocess.run(
-        [sys.executable, "-c", stranger], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
-    assert json.loads((tmp_path / "merged" / "config.json").read_text())["num_experts"] == 0
-
-
-@pytest.fixture(scope="module")
-def pretraining_arguments():
-    return load_script("pretrain").PretrainingArguments
-
-
-def test_every_preset_has_a_recipe():
-    assert RECIPES.keys() == PRESETS.keys()
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_recipes_are_arguments_of_the_script(preset, pretraining_arguments):
-    recipe = yaml.safe_load(RECIPES[preset].read_text())
-    fields = [field for kind in (pretraining_arguments, TrainingArguments) for field in dataclasses.fields(kind)]
-    assert recipe.keys() <= {field.name for field in fields}
-    numbers = {field.name for field in fields if field.type in (int, float)}
-    assert all(isinstance(recipe[name], int | float) for name in numbers & recipe.keys())  # YAML reads 1e-6 as text
-    recipe_of_cpu = ["--config", str(RECIPES[preset]), "--bf16", "False", "--use_cpu", "True"]
-    args, training_args = parse_arguments((pretraining_arguments, TrainingArguments), recipe_of_cpu)
-    assert args.train_data == recipe["train_data"] and training_args.learning_rate == recipe["learning_rate"]
-    assert training_args.save_strategy == recipe["save_strategy"]
-
-
-@pytest.mark.parametrize("preset", PAPER)
-def test_recipes_of_the_paper(preset):
-    text = RECIPES[preset].read_text()
-    recipe = yaml.safe_load(text)
-    rows = recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"] * 8
-    assert rows == 1024
-    assert recipe["max_steps"] * rows * recipe["max_length"] == pytest.approx(30e9, rel=0.02)
-    assert recipe["teacher"].endswith("-large" if PRESETS[preset].get("hidden_size") == 1024 else "-base")
-    assert recipe["model_name_or_path"] == f"runs/{preset}-init"
-    commands = " ".join(line.strip("# \\") for line in text.splitlines() if line.startswith("#"))
-    first = f"init_from_teacher.py --teacher {recipe['teacher']} --preset {preset} --output_dir runs/{preset}-init"
-    assert first in commands and f"--config recipes/{preset}.yaml" in commands
-    # The second stage keeps the tokens of a step.
-    names = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length")
-    assert math.prod(int(re.search(rf"--{name} (\d+)", commands)[1]) for name in names) * 8 == 2**20
-
-
-def test_recipe_of_nano_runs_on_a_cpu():
-    recipe = yaml.safe_load(RECIPES["nano"].read_text())
-    assert recipe["preset"] == "nano" and recipe["use_cpu"] is True and "teacher" not in recipe
+def test_tables_escape_their_cells():
+    rows = [("<b>|", "a\nb"), ("*c*", 1)]
+    assert html_table(rows).count("<td>") == 2 and "<b>" not in html_table(rows)
+    lines = markdown_table(("x", "y"), rows).splitlines()
+    assert lines == ["| x | y |", "|---|---|", "| &lt;b&gt;\\| | a b |", "| \\*c\\* | 1 |"]
+    assert text_table([("a", "b"), ("cc", 1)], width=3) == "  a  b\n cc  1"

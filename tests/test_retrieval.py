@@ -4,7 +4,6 @@ import csv
 import json
 import math
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +58,7 @@ QRELS = [
 
 
 def write_set(folder, corpus=CORPUS, queries=QUERIES, qrels=QRELS, layout="beir"):
-    """A set as BEIR's own zip files have it, or as parquet or jsonl in one folder; all judgements in both splits."""
+    """A set as BEIR's own zip files have it, or as parquet or jsonl in one folder; the same judgements in both splits, in another order."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in (("corpus", corpus), ("queries", queries)):
         if layout == "parquet":
@@ -67,17 +66,17 @@ def write_set(folder, corpus=CORPUS, queries=QUERIES, qrels=QRELS, layout="beir"
         else:  # keys of `metadata` differ from row to row, as in BEIR's files
             lines = [json.dumps({**row, "metadata": {str(number): []}}) for number, row in enumerate(rows)]
             (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-    for split in ("train", "test"):
+    for split, judged in (("train", qrels[::-1]), ("test", qrels)):
         if layout == "parquet":
-            Dataset.from_list(qrels).to_parquet(str(folder / f"qrels_{split}.parquet"))
+            Dataset.from_list(judged).to_parquet(str(folder / f"qrels_{split}.parquet"))
         elif layout == "jsonl":
-            (folder / f"qrels_{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in qrels))
+            (folder / f"qrels_{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in judged))
         else:
             (folder / "qrels").mkdir(exist_ok=True)
             with (folder / "qrels" / f"{split}.tsv").open("w", newline="") as file:
-                writer = csv.DictWriter(file, list(qrels[0]), delimiter="\t")
+                writer = csv.DictWriter(file, list(judged[0]), delimiter="\t")
                 writer.writeheader()
-                writer.writerows(qrels)
+                writer.writerows(judged)
     return folder
 
 
@@ -153,22 +152,34 @@ def test_what_is_odd_but_allowed_is_counted(tmp_path):
     assert pairs[:] == {"query": ["Where is the dog?"], "document": ["No title."]}
 
 
-def replaced(rows, place, **values):
-    return [{**row, **values} if number == place else row for number, row in enumerate(rows)]
+def replaced(rows, index, **values):
+    return [{**row, **values} if number == index else row for number, row in enumerate(rows)]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"corpus": [{"_id": "a", "title": "b"}]}, "without 'text'"),
-        ({"corpus": [{"_id": "a", "title": "b"}], "layout": "parquet"}, "lack 'text'; they have '_id', 'title'"),
-        ({"corpus": replaced(CORPUS, 3, _id="fox-field")}, "row 3 of the corpus .* of an earlier one, 'fox-field'"),
-        ({"queries": replaced(QUERIES, 2, _id=None)}, "row 2 of the queries .* no '_id'"),
+        ({"corpus": [{"_id": "a", "title": "b"}]}, "lacks 'text'; it has '_id', 'title'"),
+        ({"corpus": [{"_id": "a", "title": "b"}], "layout": "parquet"}, "lacks 'text'; it has '_id', 'title'"),
+        ({"corpus": replaced(CORPUS, 3, _id="fox-field")}, "row 3 of the corpus .* of row 0, 'fox-field'"),
+        (
+            {"queries": replaced(QUERIES, 2, _id=None)},
+            "row 2 of the queries .* None as '_id', expected an id of its own",
+        ),
         ({"queries": QUERIES[1:]}, "name 1 queries that have no text, the first '0'"),
-        ({"qrels": [{"query-id": "1", "doc": "x", "score": 1}]}, "lack 'corpus-id'"),
+        ({"qrels": [{"query-id": "1", "doc": "x", "score": 1}]}, "lacks 'corpus-id'"),
         ({"qrels": replaced(QRELS, 1, score="high")}, "row 1 of the judgements .*'high'; expected two ids and an int"),
         ({"qrels": replaced(QRELS, 1, score=0.5), "layout": "parquet"}, "row 1 of the judgements .* an integer"),
-        ({"qrels": [{**row, "corpus-id": "gone"} for row in QRELS]}, "has none of the documents"),
+        ({"qrels": [{**row, "corpus-id": f"x{n}"} for n, row in enumerate(QRELS)]}, "has none of the documents"),
+        (
+            {"qrels": [*QRELS, {**QRELS[0], "score": 0}]},
+            "judges query '0' and document 'fox-field' as 0, an earlier row as 1",
+        ),
+        ({"corpus": replaced(CORPUS, 1, text=["a", "b"])}, "row 1 of the corpus .* has .'a', 'b'. as a text"),
+        ({"corpus": replaced(CORPUS, 1, _id=1.0)}, "row 1 of the corpus .* has 1.0 as '_id'"),
+        ({"corpus": [{"_id": "1", "text": "a"}, {"_id": 1, "text": "b"}]}, "row 1 of the corpus .* row 0, '1'"),
+        ({"corpus": [{"_id": row["_id"], "text": " "} for row in CORPUS]}, "all 32 documents of .* are empty"),
+        ({"corpus": []}, "there are no rows in the corpus of"),
     ],
 )
 def test_faults_are_named(tmp_path, change, message):
@@ -177,11 +188,29 @@ def test_faults_are_named(tmp_path, change, message):
     assert isinstance(error.value, ValueError) or "ValueError" in str(error.getrepr())
 
 
+def test_a_quotation_mark_in_tsv_is_a_letter(tmp_path):
+    """The rows read are the rows there."""
+    texts = ['"Six" feet', 'five "', '"four', "three", '"']
+    write_set(tmp_path, qrels=[{"query-id": "0", "corpus-id": "d1", "score": 1}])
+    (tmp_path / "corpus.jsonl").unlink()
+    lines = ["_id\ttitle\ttext", *(f"d{n}\t\t{text}" for n, text in enumerate(texts))]
+    (tmp_path / "corpus.tsv").write_text("\n".join(lines) + "\n")
+    data = load_retrieval(str(tmp_path), "test")
+    assert data.corpus["text"][:] == texts and data.facts["documents"] == 5
+    (tmp_path / "corpus.tsv").write_text("\n".join(lines) + "\td6\n")
+    with pytest.raises(ValueError, match="line 6 has 4 fields, and the header 3"):
+        load_retrieval(str(tmp_path), "test")
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"qrels/dev.parquet, .*qrels_dev.tsv; one of these must be there"):
         load_retrieval(str(write_set(tmp_path)), "dev")
+    (tmp_path / "corpus.tsv").write_text("_id\ttext\na\tb\n")
+    with pytest.raises(ValueError, match="has corpus.jsonl, corpus.tsv, of which one alone may be there"):
+        load_retrieval(str(tmp_path), "test")
+    (tmp_path / "corpus.tsv").unlink()
     (tmp_path / "corpus.jsonl").write_text("{broken\n")
-    with pytest.raises(Exception, match="has a line that is no JSON object"):
+    with pytest.raises(Exception, match="corpus.jsonl', line 1: Expecting property name"):
         load_retrieval(str(tmp_path), "test")
 
 
@@ -193,12 +222,12 @@ def naive_scores(ranking, judged):
     gains = [max(judged.get(document, 0), 0) for document in ranking]
     ideal = sorted((max(gain, 0) for gain in judged.values()), reverse=True)
     relevant = sum(gain > 0 for gain in ideal)
-    hits = [place for place, gain in enumerate(gains, 1) if gain > 0]
-    dcg, best = (sum(gain / math.log2(1 + place) for place, gain in enumerate(row[:10], 1)) for row in (gains, ideal))
+    hits = [rank for rank, gain in enumerate(gains, 1) if gain > 0]
+    dcg, best = (sum(gain / math.log2(1 + rank) for rank, gain in enumerate(row[:10], 1)) for row in (gains, ideal))
     return {
         "ndcg_at_10": dcg / best if best else 0.0,
-        "map": sum(number / place for number, place in enumerate(hits, 1)) / relevant if relevant else 0.0,
-        "recall_at_100": sum(place <= 100 for place in hits) / relevant if relevant else 0.0,
+        "map": sum(number / rank for number, rank in enumerate(hits, 1)) / relevant if relevant else 0.0,
+        "recall_at_100": sum(rank <= 100 for rank in hits) / relevant if relevant else 0.0,
         "mrr": 1 / hits[0] if hits else 0.0,
     }
 
@@ -239,10 +268,10 @@ def test_chunked_search_equals_brute_force(chunk_size):
     generator = torch.Generator().manual_seed(0)
     queries = torch.randint(-2, 3, (9, 4), generator=generator).float()
     corpus = torch.randint(-2, 3, (500, 4), generator=generator).float()
-    scores, places = search(queries, corpus.split(chunk_size), top_k=30, block_size=4)
+    scores, indices = search(queries, corpus.split(chunk_size), top_k=30, block_size=4)
     products = (queries @ corpus.T).numpy()
     expected = np.argsort(-products, axis=1, kind="stable")[:, :30]
-    assert places.tolist() == expected.tolist()
+    assert indices.tolist() == expected.tolist()
     assert scores.tolist() == np.take_along_axis(products, expected, axis=1).tolist()
 
 
@@ -254,8 +283,8 @@ def test_search_holds_one_chunk_and_may_find_less_than_asked():
             seen.append(number)
             yield torch.eye(4)[number : number + 1]
 
-    scores, places = search(torch.eye(4), chunks(), top_k=10)
-    assert places.shape == scores.shape == (4, 3) and seen == [0, 1, 2]
+    scores, indices = search(torch.eye(4), chunks(), top_k=10)
+    assert indices.shape == scores.shape == (4, 3) and seen == [0, 1, 2]
 
 
 def test_bm25_by_hand():
@@ -267,7 +296,7 @@ def test_bm25_by_hand():
         return idf * count * (k1 + 1) / (count + k1 * (1 - b + b * length / mean))
 
     found = list(search_bm25(["b a", "d x D", "x"], documents, top_k=3))
-    assert [places.tolist() for _, places in found] == [[0, 1], [3], []]
+    assert [indices.tolist() for _, indices in found] == [[0, 1], [3], []]
     assert found[0][0] == pytest.approx([score(2, 3, 1) + score(1, 3, 2), score(1, 2, 2)])
     assert found[1][0] == pytest.approx([2 * score(4, 4, 1)])  # a word counts as often as the query has it
 
@@ -364,13 +393,14 @@ def test_training_and_evaluation(run_beir, encoder, folder, tmp_path, monkeypatc
     assert all(0 <= value <= 1 for value in scores.values()) and details["baselines"]["BM25"]["recall_at_100"] == 1
     first, second = details["by_seed"]["mrr"]
     assert scores["mrr"] == pytest.approx((first + second) / 2) and details["std"]["mrr"] is not None
-    for name, prefix in (("ndcg_at_10 of queries", ""), ("merged ndcg_at_10 of queries", "merged_")):
+    for name, prefix in (("ndcg_at_10 of queries", ""), ("merged_ndcg_at_10 of queries", "merged_")):
         assert np.mean(list(details[name].values())) == pytest.approx(scores[f"{prefix}ndcg_at_10"])
     assert str(tmp_path) not in (tmp_path / "results.json").read_text()
-    assert SentenceTransformer(str(tmp_path / "seed-2" / "merged"))[0].auto_model.config.num_experts == 0
+    (second_run,) = tmp_path.glob("seed-2-*")
+    assert SentenceTransformer(str(second_run / "merged"))[0].auto_model.config.num_experts == 0
 
     # What was measured is what others load.
-    trained = tmp_path / "seed-1"
+    trained = next(tmp_path.glob("seed-1-*"))
     model = SentenceTransformer(str(trained / "model"), trust_remote_code=True, device="cpu")
     assert model.max_seq_length == 32 and model.prompts["query"] == "find: "
     documents = model.encode_document(
@@ -392,19 +422,25 @@ def test_training_and_evaluation(run_beir, encoder, folder, tmp_path, monkeypatc
         exec(re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1], {})
 
     compare = load_script("compare_results")
-    compare.main([str(tmp_path), "--output_dir", str(tmp_path / "compared")])
+    compare.main(["--runs", str(tmp_path), "--output_dir", str(tmp_path / "compared")])
     lines = (tmp_path / "compared" / "comparison.md").read_text().splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["tiny", "tiny, merged", "BM25"]
 
-    monkeypatch.setattr(run_beir, "build_model", None)
+    monkeypatch.setattr(run_beir.RetrievalTask, "load_model", None)
     assert run_beir.main(arguments(encoder, folder, tmp_path, *TRAINING, *more)) == results
 
 
-def test_a_killed_training_goes_on(run_beir, encoder, folder, tmp_path, monkeypatch):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    expected = run_beir.main(arguments(encoder, folder, whole, *TRAINING))
+@pytest.mark.parametrize("extra", [[], ["--peft"]], ids=["whole", "lora"])
+def test_what_lies_in_the_folder_is_used_only_if_it_is_of_this_run(
+    run_beir, encoder, folder, tmp_path, monkeypatch, extra
+):
+    """An untrained model is not taken for the trained one; pairs are mined once; a LoRA goes on where it was stopped."""
+    whole, killed, training = tmp_path / "whole", tmp_path / "killed", [*TRAINING, *extra]
+    expected = run_beir.main(arguments(encoder, folder, whole, *training))
+    assert run_beir.main(arguments(encoder, folder, killed))["scores"] != expected["scores"]
+    (killed / "results.json").unlink()  # as if it was killed with the untrained `model` there
     steps = []
-    own = run_beir.SentenceTransformerTrainer.training_step
+    own = run_beir.ContrastiveTrainer.training_step
 
     def training_step(*values, **options):
         if len(steps) == 3:
@@ -412,28 +448,16 @@ def test_a_killed_training_goes_on(run_beir, encoder, folder, tmp_path, monkeypa
         steps.append(1)
         return own(*values, **options)
 
-    monkeypatch.setattr(run_beir.SentenceTransformerTrainer, "training_step", training_step)
+    monkeypatch.setattr(run_beir.ContrastiveTrainer, "training_step", training_step)
     with pytest.raises(KeyboardInterrupt):
-        run_beir.main(arguments(encoder, folder, killed, *TRAINING))
-    assert not (killed / "model").exists() and not (killed / "results.json").exists()
-    steps.clear()
+        run_beir.main(arguments(encoder, folder, killed, *training))
+    assert not (killed / "results.json").exists()
     steps.extend([1] * 4)  # never 3 again
     monkeypatch.setattr(run_beir, "mine_hard_negatives", None)
     with pytest.raises(ValueError, match="temperature: 0.05 before, 0.1 now"):
-        run_beir.main(arguments(encoder, folder, killed, *TRAINING, "--temperature", "0.1"))
-    with pytest.raises(ValueError, match="learning_rate: 0.001 before, 0.1 now"):
-        run_beir.main(arguments(encoder, folder, killed, *TRAINING, "--learning_rate", "0.1"))
-    assert run_beir.main(arguments(encoder, folder, killed, *TRAINING)) == expected
-    assert len(steps) == 4 + 4  # from the checkpoint of step 2
-    monkeypatch.setattr(run_beir, "train", None)
-    (killed / "results.json").unlink()
-    assert run_beir.main(arguments(encoder, folder, killed, *TRAINING)) == expected  # killed while evaluating
-    monkeypatch.undo()
-    (killed / "results.json").unlink()
-    shutil.rmtree(killed / "model")
-    assert (
-        run_beir.main(arguments(encoder, folder, killed, *TRAINING)) == expected
-    )  # killed before the model was saved
+        run_beir.main(arguments(encoder, folder, killed, *training, "--temperature", "0.1"))
+    assert run_beir.main(arguments(encoder, folder, killed, *training))["scores"] == expected["scores"]
+    assert len(steps) == 7 + 4  # from the checkpoint of step 2
     one, other = (load_file(path / "model" / "model.safetensors") for path in (whole, killed))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
@@ -455,14 +479,29 @@ def test_zero_shot_of_any_encoder(run_beir, folder, encoder, tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--merge_after", "ema"], "there is no `merge_after` method 'ema'; give one of uniform"),
+        (["--max_seq_length", "1"], r"`max_seq_length` \(1\) must be at least 4"),
+        (["--prompts", "x"], "`prompts` cannot be 'x' here: `query_prompt` and"),
+        (
+            [
+                "--do_train",
+                "--max_steps",
+                "1",
+                "--dataloader_drop_last",
+                "True",
+                "--per_device_train_batch_size",
+                "500",
+            ],
+            "the 28 train rows make no batch; leave out `dataloader_drop_last`",
+        ),
+        (["--eval_strategy", "epoch"], "`eval_strategy` cannot be .* the model is scored once, after its training"),
+        (["--mining_margin", "1"], r"`mining_margin` \(1.0\) must be at least 0 and below 1"),
         (["--seeds", "1", "1"], "names a run twice"),
         (["--seeds", "1"], "`seeds` is for training: give `do_train`"),
         (["--num_negatives", "2"], "`num_negatives` is for training"),
         (["--do_train", "--mining_model", "x"], "`mining_model` mines negatives: give `num_negatives`"),
-        (["--temperature", "0"], "must be positive"),
+        (["--temperature", "0"], r"`temperature` \(0\) must be above 0"),
         (["--mini_batch_size", "0"], "must be at least 1"),
-        (["--max_seq_length", "65"], r"`max_seq_length` \(65\) exceeds the model's `max_position_embeddings` \(64\)"),
+        (["--max_seq_length", "65"], r"`max_seq_length` \(65\) must be at least 4, and at most the 64 tokens"),
     ],
 )
 def test_bad_arguments_are_refused(run_beir, encoder, folder, tmp_path, more, message):
@@ -475,3 +514,60 @@ def test_negatives_that_cannot_be_mined(run_beir, encoder, folder, tmp_path, mon
     monkeypatch.setattr(run_beir, "mine_hard_negatives", lambda pairs, *values, **options: pairs.select([]))
     with pytest.raises(ValueError, match=r"no pair has 1 negatives; .* leave `mining_margin` \(None\) out"):
         run_beir.main(arguments(encoder, folder, tmp_path, *TRAINING))
+
+
+# ---- The router's balance
+
+
+@pytest.mark.parametrize("mini_batch_size", [None, 2], ids=["whole", "GradCache"])
+def test_contrastive_training_balances_the_router(encoder, mini_batch_size):
+    """Gradients are those of the contrastive loss plus the weighted balancing loss, whatever scales the sum."""
+    from sentence_transformers.losses import CachedMultipleNegativesRankingLoss, MultipleNegativesRankingLoss
+
+    from modernalbert.training.evaluation.contrastive import BalancedLoss
+
+    model = SentenceTransformer(str(encoder), device="cpu").train()
+    module = model[0].auto_model
+    module.config.router_aux_loss_coef = 3.0
+    for router in (part for part in module.modules() if hasattr(part, "jitter_noise")):
+        router.jitter_noise = 0.0
+    columns = [
+        model.tokenizer(texts, padding=True, return_tensors="pt")
+        for texts in (["Fox?", "A dog?", "Owl"], ["It is a fox.", "Dog", "An owl of the field"])
+    ]
+    columns = [dict(column) for column in columns]
+
+    def gradients(loss):
+        model.zero_grad()
+        (0.5 * loss).backward()
+        return {
+            name: parameter.grad.clone() for name, parameter in module.named_parameters() if parameter.grad is not None
+        }
+
+    plain = gradients(MultipleNegativesRankingLoss(model)([dict(column) for column in columns], None))
+    calls, forward = [], module.forward
+
+    def record(**batch):
+        calls.append((batch, torch.is_grad_enabled()))
+        return forward(**batch)
+
+    module.forward = record
+    loss = MultipleNegativesRankingLoss(model)
+    if mini_batch_size is not None:
+        loss = CachedMultipleNegativesRankingLoss(model, mini_batch_size=mini_batch_size)
+    loss = BalancedLoss(model, loss)
+    parts = loss([dict(column) for column in columns], None)
+    found = gradients(sum(parts.values()))
+    assert parts["aux_loss"] > 0 and not parts["aux_loss"].requires_grad
+    loss.remove()
+    assert module.forward.__func__ is type(module).forward
+
+    first = [batch for batch, grad in calls if grad == (mini_batch_size is None)]  # each text once
+    tokens = sum(batch["attention_mask"].sum() for batch in first)
+    assert tokens == sum(column["attention_mask"].sum() for column in columns)
+    expected = sum(3 * module(**batch).aux_loss * batch["attention_mask"].sum() / tokens for batch in first)
+    assert parts["aux_loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+    balance = gradients(expected)
+    assert any("router" in name for name in balance)
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, plain[name] + balance.get(name, 0), rtol=1e-4, atol=1e-5)

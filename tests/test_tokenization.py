@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, CanineTokenizer, PreTrainedTokenizerFast
 
 from modernalbert.tokenization import load_tokenizer, padded_vocab_size, save_tokenizer, train_tokenizer
+from modernalbert.training import data
 
 
 CORPUS = [
@@ -300,17 +301,18 @@ def test_script_on_a_text_file(script, tmp_path, caplog):
 
     with pytest.raises(FileExistsError, match="holds a tokenizer; pass --overwrite"):
         script.main(argv)
+    with pytest.raises(ValueError, match="`vocab_size` .* at most"):  # the library ends the process
+        script.main([*argv, "--vocab_size", "1000000000", "--overwrite"])
     script.main([*argv, "--vocab_size", "384", "--overwrite"])
     assert len(load_tokenizer(out)) == 384
 
 
-def test_script_reads_each_kind_of_file(script, tmp_path):
+def test_script_reads_each_kind_of_file(tmp_path):
     (tmp_path / "a.txt").write_text("line one\n\nline two\n")
     (tmp_path / "b.jsonl").write_text('{"body": "row one\\nrow one"}\n{"body": "row two"}\n')
     Dataset.from_dict({"body": ["row three"], "n": [1]}).to_parquet(tmp_path / "c.parquet")
     patterns = [str(tmp_path / name) for name in ("a.txt", "*.jsonl", "[cd].parquet")]
-    args = script.TokenizerArguments(output_dir="unused", files=patterns, text_column="body")
-    assert list(script.read_texts(args)) == [
+    assert list(data.stream_texts(patterns, text_column="body", line_breaks=True)) == [
         *("line one\n", "\n", "line two\n"),
         *("row one\nrow one", "row two"),
         "row three",
@@ -322,14 +324,22 @@ def test_script_streams_from_the_hub(script, tmp_path, monkeypatch):
 
     def load_dataset(*args, **kwargs):
         calls.append((args, kwargs))
-        # The second text must stay unread.
-        return iter([{"body": CORPUS[0]}, {"body": None}])
+        return Dataset.from_dict({"body": [None, *CORPUS], "n": range(1 + len(CORPUS))}).to_iterable_dataset()
 
-    monkeypatch.setattr(script, "load_dataset", load_dataset)
+    monkeypatch.setattr(data, "load_dataset", load_dataset)
     hub = "--dataset_name some/set --dataset_config small --split test --text_column body --max_texts 1".split()
     script.main([*hub, "--vocab_size", "320", "--output_dir", str(tmp_path)])
     assert calls == [(("some/set", "small"), {"split": "test", "streaming": True})]
     assert load_tokenizer(tmp_path).mask_token_id == 4
+
+
+def test_script_passes_over_a_row_without_a_text(script, tmp_path, caplog):
+    rows = [*({"text": text} for text in CORPUS * 100), {"text": None}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    script.main(
+        ["--files", str(tmp_path / "rows.jsonl"), "--vocab_size", "320", "--output_dir", str(tmp_path / "out")]
+    )
+    assert f"1 of the {len(rows)} rows of" in caplog.text and len(load_tokenizer(tmp_path / "out")) == 320
 
 
 @pytest.mark.parametrize(

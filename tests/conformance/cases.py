@@ -109,12 +109,8 @@ class ModernAlbert(CommonTests, unittest.TestCase):
             "it bounds the cost of a tester by 2 layers; ours has 2 blocks, and runs each twice",
             lambda self: setattr(self.model_tester, "num_hidden_layers", self.fields["num_hidden_groups"]),
         ),
-        "test_model_forward_default_config_values": (
-            "it leaves the padding id out; we refuse the default, ModernBERT's, at construction for a smaller vocabulary",
-            lambda self: setattr(self.model_tester, "vocab_size", 50368),
-        ),
         "test_model_rope_scaling_from_config": (
-            "it runs a text longer than `max_position_embeddings`; we refuse that",
+            "it runs a sequence longer than `max_position_embeddings` without scaled RoPE; we refuse that",
             lambda self: self.replace(ModernAlbertModel, "check_length", lambda *_: None),
         ),
         "test_model_weights_reload_no_missing_tied_weights": (
