@@ -151,8 +151,7 @@ def test_a_full_disk_costs_no_checkpoint(texts, uninterrupted, tmp_path):
     shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
     for name in ("results.json", "model.safetensors"):
         (tmp_path / name).unlink()
-    for number in (9, 12):
-        shutil.rmtree(tmp_path / f"checkpoint-{number}", ignore_errors=True)
+    shutil.rmtree(tmp_path / "checkpoint-12")
     whole = last_checkpoint(tmp_path).name
     room = 2 * (uninterrupted / "model.safetensors").stat().st_size * 2 // 3
     full = run(

@@ -382,12 +382,12 @@ def test_rows_that_make_no_whole_batch_are_said(model, tmp_path, monkeypatch, ca
 
 
 def test_what_is_saved_takes_what_the_model_takes(task, model, tmp_path):
-    """Whatever the tokenizer of the model says."""
+    """Whatever the tokenizer of the model says; an embedder may take less."""
     start = shutil.copytree(model, tmp_path / "start")
     path = start / "tokenizer_config.json"
     path.write_text(json.dumps({**read(path), "model_max_length": 8192}))
     task("out", "1", "--model_name_or_path", str(start))
-    assert read(task.weights("out") / "tokenizer_config.json")["model_max_length"] == 64
+    assert read(task.weights("out") / "tokenizer_config.json")["model_max_length"] in (64, 32)  # `max_seq_length`
 
 
 def test_training_that_diverged_is_no_result(task, tmp_path):
