@@ -25,11 +25,7 @@ def write_embedder(folder: str | Path, projection: nn.Linear, max_length: int) -
     """
     try:
         from sentence_transformers import SentenceTransformer
-
-        try:
-            from sentence_transformers.sentence_transformer import modules
-        except ImportError:  # before 6.0
-            from sentence_transformers import models as modules
+        from sentence_transformers.sentence_transformer import modules
     except ImportError:
         logger.warning(
             'no `%s` is written: it needs sentence-transformers, `pip install ".[retrieval]"`', EMBEDDER_NAME
