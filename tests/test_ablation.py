@@ -1,7 +1,7 @@
 """The ablation study: its variants, its figures from made-up runs, and the whole of it at two steps a run."""
 
 import json
-import subprocess
+import sys
 import time
 from argparse import Namespace
 
@@ -302,6 +302,9 @@ def test_the_whole_study(ablation, tmp_path, monkeypatch):
     command += ["--output_dir", str(folder), "--variants", "mol", "--steps", "2", "--seeds", "0"]
     command += ["--learning_rates", "1e-3", "--max_eval_samples", "4", "--epochs", "1", "--train_rows", "32"]
     command += ["--validation_examples", "16", "--processes", "1"]
+    # In this process: that a script is started, and how it fails, have tests of their own.
+    common = sys.modules[ablation.start_script.__module__]
+    monkeypatch.setattr(common, "start_script", lambda script, *words: load_script(script).main(list(words)))
     ablation.main(command)
     results = json.loads((folder / "ablation.json").read_text())
     assert results["tokens"] == 2048 and list(results["measures"]) == ["masked-LM loss, validation", "parity"]
@@ -313,6 +316,6 @@ def test_the_whole_study(ablation, tmp_path, monkeypatch):
     def refuse(*arguments, **named):
         raise AssertionError("a run that has ended was repeated")
 
-    monkeypatch.setattr(subprocess, "run", refuse)
+    monkeypatch.setattr(common, "start_script", refuse)
     ablation.main(command)
     assert json.loads((folder / "ablation.json").read_text()) == results
