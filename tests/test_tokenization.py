@@ -276,9 +276,9 @@ def test_load_names_the_missing_tokens_and_its_cure_works(tmp_path):
     cure = re.escape("add_special_tokens({'sep_token': '[SEP]', 'mask_token': '[MASK]'})")
     with pytest.raises(ValueError, match=f"has no sep_token, mask_token; .*{cure}"):
         load_tokenizer(tmp_path)
-    mended = AutoTokenizer.from_pretrained(tmp_path)
-    mended.add_special_tokens({"sep_token": "[SEP]", "mask_token": "[MASK]"})
-    save_tokenizer(mended, tmp_path)
+    fixed = AutoTokenizer.from_pretrained(tmp_path)
+    fixed.add_special_tokens({"sep_token": "[SEP]", "mask_token": "[MASK]"})
+    save_tokenizer(fixed, tmp_path)
     assert load_tokenizer(tmp_path).mask_token == "[MASK]"
 
 

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from .packing import PackedCollator, encode_texts
+from .packing import PackedCollator, encode_texts, filled_texts, map_texts
 
 
 NO_WORD = -1  # of tokens that are compared with nothing: special ones, padding, words that the other side lacks
@@ -47,6 +47,9 @@ def split_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_le
     Returns:
         `input_ids`, `offsets` into the text of the sequence, and `texts`, for each sequence.
     """
+    sequences = {"input_ids": [], "offsets": [], "texts": []}
+    if not texts:
+        return sequences
     encoded = encode_texts(
         tokenizer,
         texts,
@@ -56,7 +59,6 @@ def split_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_le
         return_offsets_mapping=True,
         return_attention_mask=False,
     )
-    sequences = {"input_ids": [], "offsets": [], "texts": []}
     for ids, offsets, owner in zip(
         encoded["input_ids"], encoded["offset_mapping"], encoded["overflow_to_sample_mapping"], strict=True
     ):
@@ -83,6 +85,8 @@ def align(sequences: dict[str, list], teacher_tokenizer: PreTrainedTokenizerBase
     Returns:
         `words`, `teacher_ids` and `teacher_words` of each sequence; words are numbered from 0 without gaps.
     """
+    if not sequences["texts"]:
+        return {"words": [], "teacher_ids": [], "teacher_words": []}
     encoded = encode_texts(
         teacher_tokenizer,
         sequences["texts"],
@@ -136,13 +140,12 @@ def pack_sequences(
     """
 
     def pack(batch):
-        filled = [text for text in batch[text_column] if text and not text.isspace()]
-        sequences = split_texts(filled, tokenizer, max_length) if filled else {"input_ids": []}
+        sequences = split_texts(filled_texts(batch[text_column]), tokenizer, max_length)
         columns = {"input_ids": sequences["input_ids"]}
         if teacher_tokenizer is not None:
-            names = ("words", "teacher_ids", "teacher_words")
-            columns |= align(sequences, teacher_tokenizer, teacher_length) if filled else {name: [] for name in names}
-        rows = {name: [] for name in (*columns, *(["teacher_lengths"] if teacher_tokenizer is not None else []))}
+            columns |= align(sequences, teacher_tokenizer, teacher_length)
+            columns["teacher_lengths"] = [[len(ids)] for ids in columns["teacher_ids"]]
+        rows = {name: [] for name in columns}
         count = 0  # words of the current row
         for values in zip(*columns.values(), strict=True):
             sequence = dict(zip(columns, values, strict=True))
@@ -155,18 +158,12 @@ def pack_sequences(
                 if name.endswith("words"):
                     value = [word + count if word != NO_WORD else NO_WORD for word in value]
                 rows[name][-1].extend(value)
-            if teacher_tokenizer is not None:
-                rows["teacher_lengths"][-1].append(len(sequence["teacher_ids"]))
             count += words
         return rows
 
-    if isinstance(texts, IterableDataset):
-        return texts.map(pack, batched=True, remove_columns=[text_column])
-    packed = texts.map(
-        pack, batched=True, remove_columns=[text_column], num_proc=num_proc, desc=f"Packing to {max_length} tokens"
-    )
-    if len(packed) == 0:
-        raise ValueError(f"column '{text_column}' holds no text: all of its {len(texts)} rows are empty")
+    packed = map_texts(texts, pack, text_column, f"Packing to {max_length} tokens", num_proc)
+    if isinstance(packed, IterableDataset):
+        return packed
     if teacher_tokenizer is not None and not any(max(words, default=NO_WORD) >= 0 for words in packed["words"]):
         raise ValueError("no word of the texts is known to the teacher: all its tokens of them are unknown")
     return packed

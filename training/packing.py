@@ -54,7 +54,7 @@ def pack_texts(
     """
 
     def pack(batch):
-        filled = [text for text in batch[text_column] if text and not text.isspace()]
+        filled = filled_texts(batch[text_column])
         # Rows are cut here, so the tokenizer need not warn about long texts.
         encoded = (
             encode_texts(tokenizer, filled, return_attention_mask=False, verbose=False)["input_ids"] if filled else []
@@ -62,11 +62,29 @@ def pack_texts(
         tokens = [token for text in encoded for token in text]
         return {"input_ids": [tokens[start : start + max_length] for start in range(0, len(tokens), max_length)]}
 
+    return map_texts(texts, pack, text_column, f"Packing to {max_length} tokens", num_proc)
+
+
+def filled_texts(texts: Sequence[str | None]) -> list[str]:
+    """Texts that are not empty."""
+    return [text for text in texts if text and not text.isspace()]
+
+
+def map_texts(
+    texts: Dataset | IterableDataset,
+    pack: Callable[[dict], dict],
+    text_column: str,
+    description: str,
+    num_proc: int | None,
+) -> Dataset | IterableDataset:
+    """Rows that a function makes of batches of texts.
+
+    Raises:
+        ValueError: There are none.
+    """
     if isinstance(texts, IterableDataset):
         return texts.map(pack, batched=True, remove_columns=[text_column])
-    packed = texts.map(
-        pack, batched=True, remove_columns=[text_column], num_proc=num_proc, desc=f"Packing to {max_length} tokens"
-    )
+    packed = texts.map(pack, batched=True, remove_columns=[text_column], num_proc=num_proc, desc=description)
     if len(packed) == 0:
         raise ValueError(f"column '{text_column}' holds no text: all of its {len(texts)} rows are empty")
     return packed
