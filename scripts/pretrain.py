@@ -256,7 +256,7 @@ def load_teacher(
             "`hidden_loss` and `temperature` out"
         )
     logger.info("last hidden states are matched %s by %s", *(("token", "token") if same else ("word", "word")))
-    if same and args.model_name_or_path is None:
+    if same and args.model_name_or_path is None and model.config.model_type == "modernalbert":
         kept = start_from_table(teacher.encoder.get_input_embeddings().weight, model)
         logger.info("the embedding starts from the teacher's: %.1f%% of its energy", 100 * kept)
     return EncoderDistiller(teacher, model), None if same else teacher_tokenizer
@@ -292,8 +292,8 @@ def load_rows(
         )
         rows = pack(texts, tokenizer, **packing, num_proc=args.preprocessing_num_workers)
         masker = TokenMasker(tokenizer, args.mlm_probability, training_args.seed, args.masked_share)
-        # An evaluation masks all sequences, or none where training masks none.
-        share = float(args.masked_share > 0)
+        # An evaluation masks all sequences, or none where it measures the teacher's terms.
+        share = 0.0 if isinstance(distiller, EncoderDistiller) and args.masked_share == 0 else 1.0
         evaluation_masker = TokenMasker(tokenizer, args.mlm_probability, training_args.seed, share)
         validation = {}
         for source, name in name_sources(args.validation_data).items():
@@ -383,7 +383,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     results = summarise(trainer, model)
     if training_args.should_save:
         if isinstance(model, ModernAlbertForMaskedLM):
-            write_files(folder, lambda draft: write_card(draft, card_facts(args, training_args, model, results)))
+            write_files(folder, lambda draft: write_card(draft, card_facts(args, trainer, results)))
         write_json(folder / RESULTS_NAME, results)
     return results
 
@@ -442,7 +442,8 @@ def describe(args: PretrainingArguments, training_args: TrainingArguments, model
     return {
         "model": f"{start}, {model.num_parameters():,} parameters",
         "texts": ", ".join(redact(args.train_data)),
-        "step": f"{rows} rows of {args.max_length} tokens, {args.mlm_probability:.0%} masked",
+        "step": f"{rows} rows of {args.max_length} tokens, {args.mlm_probability:.0%} masked"
+        + (f" in {args.masked_share:.0%} of the sequences" if args.masked_share < 1 else ""),
         "teacher": redact(args.teacher) or "none",
         "learning rate": f"{training_args.learning_rate:g}, {SchedulerType(training_args.lr_scheduler_type).value}",
         **environment(),
@@ -463,7 +464,7 @@ def summarise(trainer: PretrainingTrainer, model: PreTrainedModel) -> dict:
             if name.startswith("eval_") and name.endswith("loss"):
                 results.setdefault(f"{name}_start", value)
                 results[name] = value
-    if "eval_loss" in results:
+    if "eval_loss" in results and not trainer.evaluates_teacher_terms:
         results["perplexity"] = math.exp(results["eval_loss"])
     for entry in trainer.state.log_history:
         results |= {
@@ -474,9 +475,10 @@ def summarise(trainer: PretrainingTrainer, model: PreTrainedModel) -> dict:
     return {**results, **environment()}
 
 
-def card_facts(args, training_args, model: ModernAlbertForMaskedLM, results: dict) -> PretrainingFacts:
-    """Facts of a run for the model card."""
-    names = name_sources(args.validation_data)
+def card_facts(args: PretrainingArguments, trainer: PretrainingTrainer, results: dict) -> PretrainingFacts:
+    """Facts of a run for the model card, whose evaluations are those of masked tokens."""
+    training_args = trainer.args
+    names = {} if trainer.evaluates_teacher_terms else name_sources(args.validation_data)
     eval_losses = {
         source: results["eval_loss" if len(names) == 1 else f"eval_{name}_loss"] for source, name in names.items()
     }
@@ -485,13 +487,14 @@ def card_facts(args, training_args, model: ModernAlbertForMaskedLM, results: dic
     return PretrainingFacts(
         name=Path(training_args.output_dir).name,
         preset=args.preset,
-        config=model.config,
+        config=trainer.model.config,
         tokenizer=args.tokenizer,
         recipe={name: value for name, value in recipe.items() if value not in (None, [], "{}")},
         data=args.train_data,
         tokens=results["tokens"],
         max_length=args.max_length,
         mlm_probability=args.mlm_probability,
+        masked_share=args.masked_share,
         precision="bf16" if training_args.bf16 else "fp32",
         seconds=results["seconds"],
         train_losses={name: results[name] for name in losses if name in results},

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from helpers import TEXTS, VOCAB, load_script
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, TrainingArguments
+from transformers import BertConfig, BertModel, ModernBertConfig, PreTrainedTokenizerFast, TrainingArguments
 
 from modernalbert import ModernAlbertForMaskedLM
 from modernalbert.tokenization import save_tokenizer, train_tokenizer
@@ -347,6 +347,10 @@ def test_the_script_distils_from_another_encoder(command, tmp_path):
     script = load_script("pretrain")
     results = script.main([*command, "--masked_share", "0", "--output_dir", str(tmp_path / "run")])
     assert results["eval_loss"] < results["eval_loss_start"] and results["hidden_loss"] > 0
+    # That loss is the teacher's: it has no perplexity, and the card does not call it one of masked tokens.
+    card = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
+    assert "perplexity" not in results and "perplexity" not in card
+    assert "30% of the tokens in 0% of the sequences" in card
     loaded, info = ModernAlbertForMaskedLM.from_pretrained(tmp_path / "run", output_loading_info=True)
     assert not info["unexpected_keys"] and not info["missing_keys"]
     embedder = sentence_transformers.SentenceTransformer(str(tmp_path / "run" / "sentence-transformer"))
@@ -359,6 +363,25 @@ def test_the_script_distils_from_another_encoder(command, tmp_path):
     # A SentenceTransformer is a teacher as well.
     again = [*command, "--teacher", str(tmp_path / "run" / "sentence-transformer"), "--masked_share", "0.5"]
     assert script.main([*again, "--output_dir", str(tmp_path / "again")])["pooled_loss"] > 0
+
+
+def test_texts_without_a_character_make_no_sequence(bpe, wordpiece):
+    sequences = split_texts([], bpe, 16)
+    assert not sequences["input_ids"] and not any(align(sequences, wordpiece, 64).values())
+    assert len(pack(["", " ", TEXTS[0]], bpe, wordpiece)) == 1
+
+
+def test_a_modernbert_is_a_student_as_well(command, tmp_path, wordpiece, teacher_folder):
+    config = ModernBertConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
+    config.save_pretrained(tmp_path / "config")
+    arguments = [*command[2 : command.index("--config_overrides")], "--tokenizer", str(teacher_folder)]
+    script = load_script("pretrain")
+    results = script.main(
+        [*arguments, "--config_name", str(tmp_path / "config"), "--output_dir", str(tmp_path / "run")]
+    )
+    assert results["hidden_loss"] > 0
 
 
 def test_a_killed_distillation_goes_on(command, tmp_path):

@@ -182,6 +182,16 @@ def test_a_modernbert_is_trained_in_the_same_way(tokenizer, make_teacher, tmp_pa
     assert trainer.state.log_history[0]["mlm_loss"] == pytest.approx(expected, abs=1e-4)
 
 
+def test_a_modernalbert_is_a_teacher_as_well(tokenizer, make_student, tmp_path):
+    """It refuses inputs that it does not know, so that it sees what the student sees and nothing else."""
+    arguments = {"max_steps": 1, "logging_steps": 1}
+    trainer = make_trainer(
+        make_student(), tokenizer, tmp_path, UNEVEN[:8], arguments=arguments, teacher=make_student()
+    )
+    trainer.train()
+    assert any("hidden_loss" in entry for entry in trainer.state.log_history)
+
+
 @pytest.mark.parametrize("distilled", [True, False])
 def test_micro_batches_give_the_weights_of_one_large_batch(tokenizer, make_student, make_teacher, tmp_path, distilled):
     """Rows of a batch have 7 to 25 tokens, so that micro-batches are padded to different lengths."""

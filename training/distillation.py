@@ -150,7 +150,7 @@ class Teacher(nn.Module):
                 raise ImportError(
                     f"the teacher '{name}' is a SentenceTransformer; install it with `pip install \".[retrieval]\"`"
                 ) from error
-            modules = SentenceTransformer(name, device="cpu", model_kwargs={"dtype": dtype})
+            modules = SentenceTransformer(name, device="cpu", model_kwargs={"dtype": dtype, "use_safetensors": True})
             self.encoder = modules[0].auto_model
             self.sentence_modules.extend(list(modules)[1:])
             self.max_length, self.width = modules.max_seq_length, modules.get_embedding_dimension()

@@ -126,7 +126,8 @@ class PretrainingTrainer(TrainerMixin, Trainer):
             first = (index * self.args.world_size + self.args.process_index) * self.args.train_batch_size
             keys = [(1 + self.state.global_step, first + row) for row in range(len(batch["input_ids"]))]
             input_ids, labels = self.masker(batch["input_ids"], keys)
-            yield {**batch, "input_ids": input_ids, "labels": labels, "clean_ids": batch["input_ids"]}
+            clean = {"clean_ids": batch["input_ids"]} if isinstance(self.distiller, EncoderDistiller) else {}
+            yield {**batch, **clean, "input_ids": input_ids, "labels": labels}
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
         rows = packed_inputs(self.model, {name: inputs[name] for name in MODEL_INPUTS if name in inputs})
@@ -156,9 +157,14 @@ class PretrainingTrainer(TrainerMixin, Trainer):
         loss = sum(weighted.values())
         return (loss, outputs) if return_outputs else loss
 
+    @property
+    def evaluates_teacher_terms(self) -> bool:
+        """Whether the loss of an evaluation is the teacher's terms: nothing is masked, so that there is no other."""
+        return isinstance(self.distiller, EncoderDistiller) and self.masker.masked_share == 0
+
     def compute_evaluation_loss(self, model, rows: dict, inputs: dict, return_outputs: bool, num_items_in_batch):
         """The masked-LM loss or, where no sequence is masked in training, the weighted terms of the teacher."""
-        if self.masker.masked_share > 0 or not isinstance(self.distiller, EncoderDistiller):
+        if not self.evaluates_teacher_terms:
             return super().compute_loss(model, rows, return_outputs, num_items_in_batch)
         outputs = model(**rows, output_hidden_states=True)
         inputs = {**inputs, "clean_ids": inputs["input_ids"]}

@@ -147,6 +147,7 @@ class PretrainingFacts:
         precision: For example "bf16".
         seconds: Wall time of the training.
         train_losses: Last value of each term.
+        masked_share: Share of the training sequences that are masked at all.
         eval_losses: Masked-LM loss in nats of each validation source, written as in `data`.
         validation_split: Split of those that are Hub data sets.
         teacher: Hub id or folder of the model that was distilled.
@@ -168,6 +169,7 @@ class PretrainingFacts:
     precision: str
     seconds: float
     train_losses: dict[str, float] = field(default_factory=dict)
+    masked_share: float = 1.0
     eval_losses: dict[str, float] = field(default_factory=dict)
     validation_split: str | None = None
     teacher: str | None = None
