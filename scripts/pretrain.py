@@ -99,6 +99,9 @@ RECIPE = (
     *("bf16", "seed"),
 )
 
+# Arguments of the script that change neither weights nor losses.
+WITHOUT_EFFECT = ("license", "preprocessing_num_workers", "teacher_cache", "teacher_cache_gb")
+
 RowLength = Annotated[int, Bounds(least=3, most=10**9)]  # [CLS], a token, [SEP]
 
 
@@ -140,6 +143,13 @@ class PretrainingArguments:
         default=None,
         metadata={"help": "Model to distil from, Hub name or folder: any encoder, or a SentenceTransformer."},
     )
+    teacher_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "File that keeps the states of a teacher of another kind than ModernBERT, for later epochs and runs."
+        },
+    )
+    teacher_cache_gb: Positive = field(default=20.0, metadata={"help": "Largest size of that file, in gigabytes."})
     temperature: Positive = field(default=1.0, metadata={"help": "Temperature of the distilled logits."})
     hidden_loss: str = field(default="cosine", metadata={"help": "Distance of hidden states: cosine or mse."})
     mlm_weight: NotNegative = field(default=1.0, metadata={"help": "Weight of the masked-LM loss."})
@@ -166,6 +176,8 @@ class PretrainingArguments:
             raise ValueError("`train_data` is empty; give texts to train on")
         if self.masked_share < 1 and self.teacher is None:
             raise ValueError("without a `teacher` nothing is learned from clean sequences: `masked_share` must be 1")
+        if self.teacher_cache is not None and self.teacher is None:
+            raise ValueError("`teacher_cache` keeps states of a `teacher`, and there is none")
         if self.hidden_loss not in ("cosine", "mse"):
             raise ValueError(f"`hidden_loss` must be 'cosine' or 'mse', got '{self.hidden_loss}'")
 
@@ -248,8 +260,12 @@ def load_teacher(
         if not new:
             distiller = Distiller(teacher, model, args.temperature, args.hidden_loss)
             logger.info("hidden states after layers %s (student, teacher) are matched", distiller.layer_map)
+            if args.teacher_cache is not None:
+                raise ValueError(
+                    f"the teacher '{args.teacher}' sees masked rows, which differ each time: leave `teacher_cache` out"
+                )
             return distiller, None
-    teacher = Teacher(args.teacher, dtype)
+    teacher = Teacher(args.teacher, dtype, args.teacher_cache, int(args.teacher_cache_gb * 1e9))
     if args.hidden_loss != "cosine" or args.temperature != 1:
         raise ValueError(
             f"the teacher '{args.teacher}' gives last hidden states alone, compared by their cosine: leave "
@@ -424,7 +440,7 @@ def describe_settings(args: PretrainingArguments, training_args: TrainingArgumen
         local = [source for source in getattr(args, name) if is_local(source)]
         hashes = [hash_file(path) for path in find_files(local)]
         identities[name] = [source for source in getattr(args, name) if source not in local] + hashes
-    return run_settings(args, training_args, without=("license", "preprocessing_num_workers"), **identities)
+    return run_settings(args, training_args, without=WITHOUT_EFFECT, **identities)
 
 
 def just_evaluated(trainer: PretrainingTrainer) -> bool:
@@ -489,7 +505,11 @@ def card_facts(args: PretrainingArguments, trainer: PretrainingTrainer, results:
         preset=args.preset,
         config=trainer.model.config,
         tokenizer=args.tokenizer,
-        recipe={name: value for name, value in recipe.items() if value not in (None, [], "{}")},
+        recipe={
+            name: value
+            for name, value in recipe.items()
+            if value not in (None, [], "{}") and name not in WITHOUT_EFFECT
+        },
         data=args.train_data,
         tokens=results["tokens"],
         max_length=args.max_length,

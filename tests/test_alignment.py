@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -26,6 +28,7 @@ from modernalbert.training.alignment import (
 from modernalbert.training.distillation import EncoderDistiller, Teacher, start_from_table
 from modernalbert.training.packing import TokenMasker
 from modernalbert.training.pretraining import PretrainingTrainer
+from modernalbert.training.teacher_cache import StateCache
 
 
 HARD = ["Crème  brûlée, FOR\ttwo\n", "I \U0001f600 it", "日本語 text", "naïve"]  # NFC and, the last, not
@@ -247,8 +250,8 @@ def test_chunks_of_the_teacher_change_nothing(teacher_folder):
     lengths = torch.tensor([5, 9, 2, 7, 9, 3, 1])
     mask = (torch.arange(9) < lengths[:, None]).long()
     ids = torch.randint(5, 60, mask.shape) * mask
-    expected = teacher(ids, mask, chunk_size=99)
-    torch.testing.assert_close(teacher(ids, mask, chunk_size=2), expected, rtol=1e-4, atol=1e-5)
+    expected = teacher.compute(ids, mask, chunk_size=99)
+    torch.testing.assert_close(teacher.compute(ids, mask, chunk_size=2), expected, rtol=1e-4, atol=1e-5)
     assert expected[0][mask == 0].count_nonzero() == 0
     torch.testing.assert_close(expected[1][0], expected[0][0, :5].mean(dim=0), rtol=1e-5, atol=1e-6)
 
@@ -268,6 +271,89 @@ def test_the_embedding_starts_from_the_teachers(make_student, teacher_folder):
     assert torch.corrcoef(torch.stack([ours.flatten(), theirs.flatten()]))[0, 1] > 0.9
     assert rows.std().item() == pytest.approx(1, rel=1e-3)
     torch.testing.assert_close(student.decoder_projection.weight, before[0] * before[1])
+
+
+# ---- States of the teacher on disk
+
+
+@pytest.fixture
+def sequences():
+    lengths = torch.tensor([5, 9, 2, 7])
+    mask = (torch.arange(9) < lengths[:, None]).long()
+    return torch.randint(5, 60, mask.shape, generator=torch.Generator().manual_seed(0)) * mask, mask
+
+
+def forbid(teacher, monkeypatch):
+    """Lets the encoder fail, so that all states must come from the file."""
+    monkeypatch.setattr(teacher.encoder, "forward", lambda *args, **kwargs: pytest.fail("the encoder was run"))
+
+
+def test_states_from_the_cache_are_those_of_the_teacher(teacher_folder, sequences, tmp_path, monkeypatch):
+    ids, mask = sequences
+    expected = Teacher(str(teacher_folder))(ids, mask)
+    cached = Teacher(str(teacher_folder), cache=tmp_path / "new" / "states.sqlite")
+    torch.testing.assert_close(cached(ids, mask), expected, rtol=0, atol=0)
+    # Another process, order and padding; one sequence is new to it.
+    again = Teacher(str(teacher_folder), cache=tmp_path / "new" / "states.sqlite")
+    more = torch.cat([ids.flip(0), torch.full((1, 9), 7)]), torch.cat([mask.flip(0), torch.ones(1, 9).long()])
+    found = again(*more)
+    torch.testing.assert_close(
+        (found[0][:4], found[1][:4]), (expected[0].flip(0), expected[1].flip(0)), rtol=0, atol=0
+    )
+    forbid(again, monkeypatch)
+    torch.testing.assert_close(again(*more), found, rtol=0, atol=0)
+    narrow = again(ids[2:3, :2], mask[2:3, :2])
+    torch.testing.assert_close(narrow, (expected[0][2:3, :2], expected[1][2:3]), rtol=0, atol=0)
+
+
+def test_states_in_half_precision_are_kept_as_they_are(teacher_folder, sequences, tmp_path, monkeypatch):
+    cached = Teacher(str(teacher_folder), "bfloat16", cache=tmp_path / "states.sqlite")
+    expected = cached(*sequences)
+    forbid(cached, monkeypatch)
+    torch.testing.assert_close(cached(*sequences), expected, rtol=0, atol=0)
+
+
+def test_a_full_cache_keeps_what_it_has(teacher_folder, sequences, tmp_path, caplog):
+    ids, mask = sequences
+    path = tmp_path / "states.sqlite"
+    small = Teacher(str(teacher_folder), cache=path, cache_bytes=65536)
+    expected = Teacher(str(teacher_folder))
+    for start in range(60):
+        batch = (ids + start) * mask, mask
+        torch.testing.assert_close(small(*batch), expected(*batch), rtol=0, atol=0)
+    assert small.cache.full and "takes no more states (database or disk is full)" in caplog.text
+    assert 0.5 * 65536 < path.stat().st_size <= 65536
+    assert small.cache.get(ids[0, :5].tolist()) is not None
+
+
+def test_a_kill_in_the_middle_of_a_batch_loses_that_batch_alone(teacher_folder, sequences, tmp_path):
+    path = tmp_path / "states.sqlite"
+    code = (
+        "import os, sys, torch\n"
+        "from modernalbert.training.teacher_cache import StateCache\n"
+        "cache = StateCache(sys.argv[1], 'teacher', torch.float32, 10**9)\n"
+        "cache.put([([1], torch.ones(1, 4), torch.ones(4))])\n"
+        "cache.database.execute('INSERT INTO states VALUES (?, ?, ?)', (cache.key([2]), b'', b''))\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(path)]).returncode == -9
+    cache = StateCache(path, "teacher", torch.float32, 10**9)
+    torch.testing.assert_close(cache.get([1]), (torch.ones(1, 4), torch.ones(4)))
+    assert cache.get([2]) is None
+
+
+def test_a_cache_of_another_teacher_is_refused(teacher_folder, tmp_path):
+    path = tmp_path / "states.sqlite"
+    Teacher(str(teacher_folder), cache=path)
+    with pytest.raises(
+        ValueError, match="holds states of .* in torch.float32, and the teacher is .* in torch.bfloat16"
+    ):
+        Teacher(str(teacher_folder), "bfloat16", cache=path)
+    (tmp_path / "text").write_text("no database, and long enough to be read as one\n" * 50)
+    with pytest.raises(ValueError, match="is no cache of teacher states"):
+        Teacher(str(teacher_folder), cache=tmp_path / "text")
+    with pytest.raises(IsADirectoryError, match="give a file"):
+        Teacher(str(teacher_folder), cache=tmp_path)
 
 
 # ---- Clean sequences among masked ones
@@ -363,6 +449,28 @@ def test_the_script_distils_from_another_encoder(command, tmp_path):
     # A SentenceTransformer is a teacher as well.
     again = [*command, "--teacher", str(tmp_path / "run" / "sentence-transformer"), "--masked_share", "0.5"]
     assert script.main([*again, "--output_dir", str(tmp_path / "again")])["pooled_loss"] > 0
+
+
+def test_a_cached_run_is_the_same_run(command, tmp_path, monkeypatch):
+    script = load_script("pretrain")
+    whole = script.main([*command, "--output_dir", str(tmp_path / "whole")])
+    cache = ["--teacher_cache", str(tmp_path / "states.sqlite")]
+    script.main([*command, *cache, "--output_dir", str(tmp_path / "first")])
+    monkeypatch.setattr(Teacher, "compute", lambda *args: pytest.fail("the teacher was run"))
+    found = script.main([*command, *cache, "--output_dir", str(tmp_path / "second")])
+    for name in ("hidden_loss", "pooled_loss", "mlm_loss"):
+        assert found[name] == pytest.approx(whole[name], rel=1e-4)
+    # The cache is no setting of the run: the finished one is found without it.
+    assert script.main([*command, "--output_dir", str(tmp_path / "second")]) == found
+    assert "states.sqlite" not in (tmp_path / "second" / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_cache_needs_a_teacher_that_sees_clean_text(command, tmp_path):
+    script = load_script("pretrain")
+    without = [value for value in command if value != "--teacher" and "bert" not in value]
+    run = ["--teacher_cache", str(tmp_path / "states.sqlite"), "--output_dir", str(tmp_path / "run")]
+    with pytest.raises(ValueError, match="`teacher_cache` keeps states of a `teacher`"):
+        script.main([*without, *run])
 
 
 def test_texts_without_a_character_make_no_sequence(bpe, wordpiece):

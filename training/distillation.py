@@ -15,6 +15,8 @@ from transformers import AutoModel, PreTrainedModel
 from .alignment import NO_WORD
 from .initialization import teacher_segments
 from .loading import load_model
+from .runs import describe_model
+from .teacher_cache import StateCache
 
 
 def packed_inputs(model: PreTrainedModel, inputs: dict) -> dict:
@@ -133,14 +135,16 @@ class Teacher(nn.Module):
         name: Hub name or folder of an encoder of the Auto classes, or of a SentenceTransformer, whose own modules make
             the vector; of others it is the mean over the tokens.
         dtype: Of its weights.
+        cache: File that keeps its states, see [`StateCache`]; default: they are computed each time.
+        cache_bytes: Largest size of that file.
 
     Raises:
         ImportError: A SentenceTransformer needs sentence-transformers.
-        OSError: There is no such model.
-        ValueError: The model is damaged.
+        OSError: There is no such model, or the cache cannot be written.
+        ValueError: The model is damaged, or the cache is of another teacher.
     """
 
-    def __init__(self, name: str, dtype: str = "auto"):
+    def __init__(self, name: str, dtype: str = "auto", cache: str | Path | None = None, cache_bytes: int = 20 * 10**9):
         super().__init__()
         self.sentence_modules = nn.ModuleList()
         if (Path(name) / "modules.json").is_file():
@@ -159,21 +163,45 @@ class Teacher(nn.Module):
             self.max_length, self.width = None, self.encoder.config.hidden_size
         self.max_length = self.max_length or getattr(self.encoder.config, "max_position_embeddings", None) or 512
         self.eval().requires_grad_(False)
+        self.cache = None
+        if cache is not None:
+            self.cache = StateCache(cache, describe_model(name), self.encoder.dtype, cache_bytes)
 
     @torch.no_grad()
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, chunk_size: int = 32) -> tuple:
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """States of all tokens and a vector for each sequence, of sequences in rows of their own.
-
-        They run in chunks of similar length, since most encoders compute padding as well.
 
         Args:
             input_ids: `[sequences, length]`.
-            attention_mask: 0 at padding.
-            chunk_size: Sequences that run together.
+            attention_mask: 0 at padding, which is on the right.
 
         Returns:
-            `[sequences, length, hidden]`, 0 at padding, and `[sequences, width]`.
+            `[sequences, length, hidden]`, 0 at padding, and `[sequences, width]`, in float32.
         """
+        if self.cache is None:
+            return self.compute(input_ids, attention_mask)
+        lengths = attention_mask.sum(dim=1).tolist()
+        tokens = [row[:length] for row, length in zip(input_ids.tolist(), lengths, strict=True)]
+        states = input_ids.new_zeros(*input_ids.shape, self.encoder.config.hidden_size, dtype=torch.float32)
+        vectors = states.new_zeros(len(states), self.width)
+        missing = []
+        for index, row in enumerate(tokens):
+            if (known := self.cache.get(row)) is None:
+                missing.append(index)
+            else:
+                states[index, : len(row)], vectors[index] = known
+        if missing:
+            length = max(lengths[index] for index in missing)
+            states[missing, :length], vectors[missing] = self.compute(
+                input_ids[missing, :length], attention_mask[missing, :length]
+            )
+            self.cache.put([(tokens[i], states[i, : lengths[i]], vectors[i]) for i in missing])
+        return states, vectors
+
+    def compute(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, chunk_size: int = 32
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `forward`, by the encoder, in chunks of similar length, since most encoders compute padding as well."""
         states, vectors = None, None
         lengths = attention_mask.sum(dim=1)
         for chunk in lengths.argsort().split(chunk_size):
