@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -11,12 +12,14 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from helpers import load_script
+from safetensors.torch import load_file, save_file
 
 import modernalbert
 from modernalbert.tokenization import padded_vocab_size, train_tokenizer
 from modernalbert.training.export import folder as export
 from modernalbert.training.export.adapter import write_adapter
+from modernalbert.training.export.embedder import write_embedder
 from modernalbert.training.export.folder import (
     check_exportable,
     check_writable,
@@ -27,6 +30,7 @@ from modernalbert.training.export.folder import (
     run_fresh,
     write_model,
 )
+from modernalbert.training.export.hub import export_to_hub
 
 
 @pytest.fixture(scope="module")
@@ -241,3 +245,108 @@ def test_an_export_that_does_not_load_leaves_nothing(model, tokenizer, tmp_path,
     with pytest.raises(RuntimeError, match="does not load in a fresh process:\nno such luck"):
         export.export_model(model, tokenizer, tmp_path / "folder")
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- A folder for the Hub
+
+
+@pytest.fixture(scope="module")
+def saved(model, tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    write_model(model, tokenizer, folder)
+    (folder / "README.md").write_text("# A card\n")
+    return folder
+
+
+def outputs_of(folder):
+    model, tokenizer = load_exportable(str(folder))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    with torch.no_grad():
+        return model(**tokenizer("A list is sorted.", return_tensors="pt")).logits
+
+
+def test_half_precision_halves_the_files_and_loads_in_float32(saved, tmp_path):
+    export_to_hub(saved, tmp_path / "half", torch.float16)
+    assert (tmp_path / "half" / "README.md").read_text() == "# A card\n"
+    sizes = [(path / "model.safetensors").stat().st_size for path in (tmp_path / "half", saved)]
+    assert 0.5 <= sizes[0] / sizes[1] < 0.6
+    rounded, exact = outputs_of(tmp_path / "half"), outputs_of(saved)
+    assert 0 < (rounded - exact).norm() < 1e-2 * exact.norm()
+    # A second export changes no bit.
+    export_to_hub(tmp_path / "half", tmp_path / "again", torch.float16)
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("half", "again")]
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+
+
+def test_a_folder_without_code_needs_the_package(saved, tmp_path):
+    export_to_hub(saved, tmp_path / "bare", code=False)
+    assert not list((tmp_path / "bare").rglob("*.py"))
+    torch.testing.assert_close(outputs_of(tmp_path / "bare"), outputs_of(saved), rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="modernalbert"):
+        run_fresh(
+            "import sys, transformers; transformers.AutoModel.from_pretrained(sys.argv[1])", str(tmp_path / "bare")
+        )
+    # Its code comes back.
+    export_to_hub(tmp_path / "bare", tmp_path / "whole")
+    assert {path.name for path in saved.glob("*.py")} == {path.name for path in (tmp_path / "whole").glob("*.py")}
+
+
+def test_what_half_precision_cannot_hold_is_refused(model, tokenizer, tmp_path):
+    large = copy.deepcopy(model)
+    with torch.no_grad():
+        large.model.final_norm.weight[0] = 1e6
+    large.save_pretrained(tmp_path / "large")
+    tokenizer.save_pretrained(tmp_path / "large")
+    with pytest.raises(
+        ValueError, match="`model.final_norm.weight` holds values that torch.float16 does not; store it"
+    ):
+        export_to_hub(tmp_path / "large", tmp_path / "half", torch.float16)
+    assert not (tmp_path / "half").exists()
+
+
+def test_a_sentence_transformer_is_exported_whole(saved, tmp_path, monkeypatch):
+    sentence_transformers = pytest.importorskip("sentence_transformers", reason="needs sentence-transformers")
+    torch.manual_seed(0)
+    write_embedder(saved, torch.nn.Linear(32, 24), 16)
+    source = saved / "sentence-transformer"
+    export_to_hub(source, tmp_path / "half", torch.float16)
+    export_to_hub(source, tmp_path / "bare", torch.float16, code=False)
+    texts = ["A list is sorted in place.", "A list."]
+    expected = sentence_transformers.SentenceTransformer(str(source), device="cpu").encode(texts)
+    for name in ("half", "bare"):
+        folder = tmp_path / name
+        dtypes = {tensor.dtype for path in folder.rglob("*.safetensors") for tensor in load_file(path).values()}
+        assert dtypes == {torch.float16} and len(list(folder.rglob("*.safetensors"))) == 2
+        embedder = sentence_transformers.SentenceTransformer(str(folder), device="cpu")
+        assert {parameter.dtype for parameter in embedder.parameters()} == {torch.float32}
+        assert embedder.max_seq_length == 16 and embedder.get_embedding_dimension() == 24
+        assert abs(embedder.encode(texts) - expected).max() < 1e-2
+    assert list((tmp_path / "half").glob("*.py")) and not list((tmp_path / "bare").rglob("*.py"))
+
+    bert = tmp_path / "bert"
+    shutil.copytree(source, bert)
+    config = json.loads((bert / "config.json").read_text())
+    (bert / "config.json").write_text(json.dumps({"model_type": "bert", "dtype": config["dtype"]}))
+    with pytest.raises(ValueError, match="is a bert, expected a ModernALBERT"):
+        export_to_hub(bert, tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dtype", "int8"], "`dtype` must be one of float32, float16, bfloat16"),
+        (["--dry_run", "true"], "give both"),
+        (["--push_to_hub", "me/model", "--code", "false"], "without the code nobody can load"),
+    ],
+)
+def test_wrong_arguments_of_the_script_are_refused(saved, tmp_path, arguments, message):
+    command = ["--model_name_or_path", str(saved), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match=message):
+        load_script("export_hub").main([*command, *arguments])
+
+
+def test_the_script_shows_what_it_would_upload(saved, tmp_path, caplog):
+    command = ["--model_name_or_path", str(saved), "--output_dir", str(tmp_path / "out")]
+    with caplog.at_level("INFO"):
+        load_script("export_hub").main([*command, "--push_to_hub", "me/model", "--dry_run", "true"])
+    assert "model.safetensors" in caplog.text and "nothing was uploaded" in caplog.text

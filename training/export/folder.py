@@ -332,6 +332,6 @@ def push_folder(folder: Path, name: str, dry_run: bool = False) -> list[Path]:
         return files
     api = HfApi()
     api.create_repo(name, exist_ok=True)
-    api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload merged ModernALBERT")
+    api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload ModernALBERT")
     logger.info("uploaded %d files to '%s'", len(files), name)
     return files
