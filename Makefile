@@ -4,7 +4,7 @@ VENV ?= $(or $(VIRTUAL_ENV),$(CONDA_PREFIX),.venv)
 PYTHON = $(VENV)/bin/python
 STAMP = $(VENV)/.modernalbert-installed
 
-.PHONY: install quickstart test lint fix conformance benchmark
+.PHONY: install quickstart quickstart-pretraining test lint fix conformance benchmark
 
 install: $(STAMP)
 
@@ -15,6 +15,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 quickstart: install
 	$(PYTHON) scripts/quickstart.py --output_dir runs/quickstart
+
+quickstart-pretraining: install
+	$(PYTHON) scripts/quickstart_pretraining.py --output_dir runs/quickstart-pretraining
 
 test: lint
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -c tests/pytest.ini --rootdir tests -n auto tests

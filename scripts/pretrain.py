@@ -52,6 +52,7 @@ from modernalbert.training.distillation import Distiller, EncoderDistiller, Teac
 from modernalbert.training.export.cards import PretrainingFacts, environment, write_card
 from modernalbert.training.export.embedder import write_embedder
 from modernalbert.training.export.redaction import redact
+from modernalbert.training.initialization import add_experts, has_experts
 from modernalbert.training.loading import check_folder, check_size, load_config, load_model
 from modernalbert.training.loading import load_tokenizer as load_any_tokenizer
 from modernalbert.training.packing import PackedCollator, TokenMasker, mask_rows, pack_texts
@@ -216,9 +217,14 @@ def build_model(args: PretrainingArguments, tokenizer: PreTrainedTokenizerBase) 
             f"the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}; is it the model's own?"
         )
     if args.model_name_or_path is not None:
-        model, new = load_model(AutoModelForMaskedLM, args.model_name_or_path, config, **shared)
+        saved = load_config(args.model_name_or_path)
+        adds = config.model_type == "modernalbert" and has_experts(config) and not has_experts(saved)
+        model, new = load_model(AutoModelForMaskedLM, args.model_name_or_path, saved if adds else config, **shared)
         if new:
             logger.warning("'%s' does not hold %s, which start at random", args.model_name_or_path, ", ".join(new))
+        if adds:
+            model = add_experts(model, config)
+            logger.info("%d experts were added in groups %s", config.num_experts, config.mol_groups)
     else:
         check_size(config)
         model = AutoModelForMaskedLM.from_config(config, **shared)

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from helpers import load_script
 from transformers import AutoConfig, BertConfig, ModernBertConfig, ModernBertForMaskedLM
 
-from modernalbert import ModernAlbertForMaskedLM
+from modernalbert import ModernAlbertConfig, ModernAlbertForMaskedLM
 from modernalbert.tokenization import padded_vocab_size, save_tokenizer, train_tokenizer
 from modernalbert.training.initialization import (
+    add_experts,
     initialize_from_teacher,
     source_layers,
     student_config,
@@ -500,3 +501,38 @@ def test_script(make_teacher, tmp_path):
     with pytest.raises(ValueError, match="no rule 'upper'"):
         script.main(refused)
     assert not (tmp_path / "other").exists()
+
+
+def test_experts_are_added_without_changing_the_model(make_model):
+    plain = make_model(ModernAlbertForMaskedLM, mol_groups=[], mol_intermediate_size=24, router_jitter_noise=0.0)
+    fields = {**plain.config.to_dict(), "mol_groups": [1], "num_experts": 4}
+    model = add_experts(plain, ModernAlbertConfig(**fields))
+    ids = torch.randint(5, 60, (2, 9))
+    torch.testing.assert_close(model.eval()(ids).logits, plain.eval()(ids).logits)
+    model.train()(ids, labels=ids).loss.backward()
+    assert model.model.layers[1].mlp.experts.in_B.grad.abs().sum() > 0  # they learn
+    assert model.decoder.weight is model.get_input_embeddings().weight
+    with pytest.raises(ValueError, match="together with other shapes"):
+        add_experts(plain, ModernAlbertConfig(**{**fields, "mol_intermediate_size": 40}))
+    with pytest.raises(ValueError, match="together with other tensors"):
+        add_experts(plain, ModernAlbertConfig(**{**fields, "num_hidden_groups": 4}))
+
+
+def test_pretraining_adds_experts(pretrained, tmp_path):
+    """The second stage of a model that was trained without them."""
+    folder = pretrained[0] / "model"
+    config = AutoConfig.from_pretrained(folder)
+    plain = ModernAlbertForMaskedLM(
+        ModernAlbertConfig(**{**config.to_dict(), "mol_groups": [], "intermediate_size": 576})
+    )
+    plain.save_pretrained(tmp_path / "plain")
+    script = load_script("pretrain")
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": f"Sentence number {n} of some."}) + "\n" for n in range(60)))
+    arguments = ["--tokenizer", str(folder), "--train_data", str(texts), "--max_length", "32", "--max_steps", "1"]
+    arguments += ["--per_device_train_batch_size", "4", "--use_cpu", "true", "--report_to", "none"]
+    overrides = ["--config_overrides", json.dumps({"mol_groups": [1], "num_experts": 3})]
+    start = ["--model_name_or_path", str(tmp_path / "plain")]
+    results = script.main([*start, *arguments, *overrides, "--output_dir", str(tmp_path / "run")])
+    assert ModernAlbertForMaskedLM.from_pretrained(tmp_path / "run").config.mol_groups == [1]
+    assert results["parameters"] > plain.num_parameters()

@@ -1,6 +1,7 @@
-"""From the pretraining script over fine-tuning to a merged model, and the texts of the quickstart."""
+"""From the pretraining script over fine-tuning to a merged model, and the data of the quickstarts."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -50,15 +51,28 @@ def test_fine_tuning_merging_and_export(pretrained, tmp_path):
     assert not (tmp_path / "again").exists()
 
 
-def test_quickstart_data(tmp_path):
-    """The two classes differ in word order alone, and validation sentences come from texts that training has not."""
-    quickstart = load_script("quickstart")
-    files = quickstart.write_data(tmp_path, sentences=500, seed=0)
+def test_texts_of_pretraining_are_held_out_or_trained_on(tmp_path):
+    files = load_script("quickstart_pretraining").write_data(tmp_path, seed=0)
     train, validation = (Path(files[name]).read_text().splitlines() for name in ("train", "validation"))
     assert len(train) > 5 * len(validation) > 1000 and not set(train) & set(validation)
-    rows = [json.loads(line) for line in Path(files["order_validation"]).read_text().splitlines()]
-    assert 0.4 < sum(row["label"] for row in rows) / len(rows) < 0.6
-    trained = [json.loads(line)["text"] for line in Path(files["order_train"]).read_text().splitlines()]
-    assert not {row["text"] for row in rows} & set(trained)
-    texts = " ".join(json.loads(line)["text"] for line in validation)
-    assert all((row["text"] in texts) == bool(row["label"]) for row in rows)
+
+
+def test_rows_of_the_classification(tmp_path):
+    """Every class has as many rows, no text is in two places, and modules of the library belong to one class."""
+    quickstart = load_script("quickstart")
+    files = quickstart.write_task(tmp_path, rows=50, seed=0)
+    rows = {name: [json.loads(line) for line in Path(path).read_text().splitlines()] for name, path in files.items()}
+    for name, count in (("train", 50), ("validation", 100)):
+        assert Counter(row["label"] for row in rows[name]) == dict.fromkeys(quickstart.AREAS, count)
+    texts = [row["text"] for part in rows.values() for row in part]
+    assert len(set(texts)) == len(texts)
+    modules = [module for modules in quickstart.AREAS.values() for module in modules.split()]
+    assert len(set(modules)) == len(modules)
+
+
+def test_a_folder_of_something_else_is_kept(tmp_path):
+    quickstart = load_script("quickstart")
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(FileExistsError, match="holds something else"):
+        quickstart.make_folder(tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"

@@ -13,7 +13,9 @@ from modernalbert.configuration_modernalbert import PRESETS
 from modernalbert.training.cli import parse_arguments
 
 
-RECIPES = {path.stem: path for path in (ROOT / "recipes").glob("*.yaml") if path.stem not in ("fsdp", "glue")}
+FILES = {path.stem: path for path in (ROOT / "recipes").glob("*.yaml")}
+RECIPES = {name: path for name, path in FILES.items() if name in PRESETS}
+CHECKPOINTS = ("modernalbert-nano-embed", "modernalbert-nano")
 PAPER = sorted(set(PRESETS) - {"nano"})
 
 
@@ -26,14 +28,14 @@ def test_every_preset_has_a_recipe():
     assert RECIPES.keys() == PRESETS.keys()
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_recipes_are_arguments_of_the_script(preset, pretraining_arguments):
-    recipe = yaml.safe_load(RECIPES[preset].read_text())
+@pytest.mark.parametrize("name", [*PRESETS, *CHECKPOINTS])
+def test_recipes_are_arguments_of_the_script(name, pretraining_arguments):
+    recipe = yaml.safe_load(FILES[name].read_text())
     fields = [field for kind in (pretraining_arguments, TrainingArguments) for field in dataclasses.fields(kind)]
     assert recipe.keys() <= {field.name for field in fields}
     numbers = {field.name for field in fields if field.type in (int, float)}
     assert all(isinstance(recipe[name], int | float) for name in numbers & recipe.keys())  # YAML reads 1e-6 as text
-    recipe_of_cpu = ["--config", str(RECIPES[preset]), "--bf16", "False", "--use_cpu", "True"]
+    recipe_of_cpu = ["--config", str(FILES[name]), "--bf16", "False", "--use_cpu", "True"]
     args, training_args = parse_arguments((pretraining_arguments, TrainingArguments), recipe_of_cpu)
     assert args.train_data == recipe["train_data"] and training_args.learning_rate == recipe["learning_rate"]
     assert training_args.save_strategy == recipe["save_strategy"]
@@ -59,3 +61,13 @@ def test_recipes_of_the_paper(preset):
 def test_recipe_of_nano_runs_on_a_cpu():
     recipe = yaml.safe_load(RECIPES["nano"].read_text())
     assert recipe["preset"] == "nano" and recipe["use_cpu"] is True and "teacher" not in recipe
+
+
+def test_recipes_of_the_checkpoints_build_on_each_other():
+    embedder, nano = (yaml.safe_load(FILES[name].read_text()) for name in CHECKPOINTS)
+    collection = yaml.safe_load(FILES["nano-texts"].read_text())
+    texts = [f"runs/nano-texts/{name}.jsonl" for name in collection["texts"]]
+    assert nano["model_name_or_path"] == embedder["output_dir"]
+    for name, recipe in zip(CHECKPOINTS, (embedder, nano), strict=True):
+        assert recipe["train_data"] == texts and recipe["output_dir"] == f"runs/{name}"
+        assert f"--config recipes/{name}.yaml" in FILES[name].read_text()

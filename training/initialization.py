@@ -245,6 +245,32 @@ def initialize_from_teacher(
     return student, report
 
 
+def has_experts(config: ModernAlbertConfig) -> bool:
+    """Whether some group of a model has experts."""
+    return config.num_experts > 0 and bool(config.mol_groups)
+
+
+def add_experts(model: ModernAlbertForMaskedLM, config: ModernAlbertConfig) -> ModernAlbertForMaskedLM:
+    """A model with the weights of one without experts, and with experts that correct nothing yet.
+
+    Args:
+        model: Without experts.
+        config: Its configuration, with experts in some groups.
+
+    Raises:
+        ValueError: Another field that changes shapes differs.
+    """
+    grown = type(model)._from_config(config)
+    try:
+        missing, unexpected = grown.load_state_dict(model.state_dict(), strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"experts cannot be added together with other shapes: {error}") from error
+    other = [name for name in missing if not {"experts", "router"} & set(name.split("."))]
+    if other or unexpected:
+        raise ValueError(f"experts cannot be added together with other tensors: {', '.join(other + unexpected)}")
+    return grown
+
+
 def factorize_embedding(encoder: ModernBertModel, embeddings: ModernAlbertEmbeddings) -> dict[str, float]:
     """Fills the student's table and projection from the teacher's table, in closed form and float64.
 
