@@ -50,7 +50,7 @@ from modernalbert.training.cli import (
 from modernalbert.training.data import find_files, first_rows, is_local, load_texts, name_sources
 from modernalbert.training.distillation import Distiller, EncoderDistiller, Teacher, start_from_table
 from modernalbert.training.export.cards import PretrainingFacts, environment, write_card
-from modernalbert.training.export.embedder import write_embedder
+from modernalbert.training.export.embedder import read_projection, write_embedder
 from modernalbert.training.export.redaction import redact
 from modernalbert.training.initialization import add_experts, has_experts
 from modernalbert.training.loading import check_folder, check_size, load_config, load_model
@@ -281,7 +281,12 @@ def load_teacher(
     if same and args.model_name_or_path is None and model.config.model_type == "modernalbert":
         kept = start_from_table(teacher.encoder.get_input_embeddings().weight, model)
         logger.info("the embedding starts from the teacher's: %.1f%% of its energy", 100 * kept)
-    return EncoderDistiller(teacher, model), None if same else teacher_tokenizer
+    distiller = EncoderDistiller(teacher, model)
+    before = read_projection(args.model_name_or_path) if args.model_name_or_path is not None else None
+    if before is not None and before.weight.shape == distiller.pooled_projection.weight.shape:
+        distiller.pooled_projection.load_state_dict(before.state_dict())
+        logger.info("the projection to the teacher goes on from '%s'", redact(args.model_name_or_path))
+    return distiller, None if same else teacher_tokenizer
 
 
 def load_rows(

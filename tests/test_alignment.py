@@ -446,6 +446,11 @@ def test_the_script_distils_from_another_encoder(command, tmp_path):
     states = loaded.model.eval()(**embedder.tokenizer(TEXTS[:1], return_tensors="pt", return_token_type_ids=False))
     expected = F.normalize(dense(states.last_hidden_state).mean(dim=1), dim=-1)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    # Training goes on with the projection.
+    stage = [*command[2:], "--model_name_or_path", str(tmp_path / "run"), "--eval_on_start", "true"]
+    stage = stage[: stage.index("--config_overrides")] + stage[stage.index("--config_overrides") + 2 :]
+    second = script.main([*stage, "--masked_share", "0", "--output_dir", str(tmp_path / "second")])
+    assert second["eval_loss_start"] == pytest.approx(results["eval_loss"], rel=1e-3)
     # A SentenceTransformer is a teacher as well.
     again = [*command, "--teacher", str(tmp_path / "run" / "sentence-transformer"), "--masked_share", "0.5"]
     assert script.main([*again, "--output_dir", str(tmp_path / "again")])["pooled_loss"] > 0

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from .folder import draft_folder
@@ -13,6 +14,18 @@ from .folder import draft_folder
 logger = logging.getLogger(__name__)
 
 EMBEDDER_NAME = "sentence-transformer"
+
+
+def read_projection(folder: str | Path) -> nn.Linear | None:
+    """The projection that [`write_embedder`] wrote beside a model; None if there is none."""
+    paths = sorted((Path(folder) / EMBEDDER_NAME).glob("*_Dense/model.safetensors"))
+    if not paths:
+        return None
+    tensors = load_file(paths[-1])
+    weight, bias = tensors["linear.weight"], tensors["linear.bias"]
+    projection = nn.Linear(weight.shape[1], weight.shape[0])
+    projection.load_state_dict({"weight": weight, "bias": bias})
+    return projection
 
 
 def write_embedder(folder: str | Path, projection: nn.Linear, max_length: int) -> None:
