@@ -1,0 +1,163 @@
+"""Sentence embedders without any training, beside each other: similarity, retrieval, size and time, in one run.
+
+    python benchmarks/embedding.py --models checkpoints/modernalbert-nano-embed sentence-transformers/all-MiniLM-L6-v2 \
+        --pairs data/glue/stsb/validation.parquet:sentence1:sentence2:label \
+            data/sick/test.parquet:premise:hypothesis:relatedness_score \
+        --retrieval data/beir/scifact --output_dir runs/embedding
+
+A column of `--pairs` is Spearman's correlation of the cosine with the scores, one of `--retrieval` nDCG@10 by
+`scripts/run_beir.py`, which keeps what it has scored; BM25 is beside it. Times are medians of interleaved turns in fp32, with
+tokenisation; `--onnx` adds the encoder of a ModernALBERT as onnxruntime runs it, in float32 and int8. Ratios are to the last
+model of `--models`. Output is Markdown, `embedding.json` has the figures.
+"""
+
+import tempfile
+from argparse import ArgumentParser
+from pathlib import Path
+from statistics import median
+
+import torch
+from common import count, describe_machine, format_table, interleave, ratio, start_script
+from scipy.stats import spearmanr
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.util import pairwise_cos_sim
+from torch import nn
+
+import modernalbert  # noqa: F401  (registers the Auto classes)
+from modernalbert.training.cli import run_script
+from modernalbert.training.data import read_rows
+from modernalbert.training.export.onnx import open_session, quantize_onnx, write_onnx
+from modernalbert.training.runs import read_json, write_json
+
+
+SENTENCE = "A man is playing a large flute in the street, and a few people stop to listen."
+FORMS = ("ONNX fp32", "ONNX int8")
+
+
+class OnnxEncoder(nn.Module):
+    """In the place of the first module of a SentenceTransformer: its encoder, run by onnxruntime."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.session = open_session(path)
+
+    def forward(self, features: dict, **kwargs) -> dict:
+        inputs = {name: features[name].numpy() for name in ("input_ids", "attention_mask")}
+        (states,) = self.session.run(["last_hidden_state"], inputs)
+        return {**features, "token_embeddings": torch.from_numpy(states)}
+
+
+def in_onnx(name: str, folder: Path) -> dict[str, SentenceTransformer]:
+    """A model whose encoder onnxruntime runs, in float32 and int8."""
+    paths = [folder / f"{form}.onnx" for form in FORMS]
+    write_onnx(
+        SentenceTransformer(name, device="cpu", model_kwargs={"dtype": "float32"})[0].auto_model.eval(), paths[0]
+    )
+    quantize_onnx(*paths)
+    models = {}
+    for form, path in zip(FORMS, paths, strict=True):
+        model = SentenceTransformer(name, device="cpu")
+        model[0].forward = OnnxEncoder(path).forward
+        model.megabytes = path.stat().st_size / 1e6
+        models[f"{Path(name).name}, {form}"] = model
+    return models
+
+
+def correlate(model: SentenceTransformer, source: str) -> float:
+    """Spearman's correlation of the cosines of pairs with their scores, in percent."""
+    path, first, second, score = source.rsplit(":", 3)
+    rows = read_rows(path)
+    pairs = [model.encode(list(rows[column]), batch_size=64, convert_to_tensor=True) for column in (first, second)]
+    return 100 * spearmanr(pairwise_cos_sim(*pairs).numpy(), rows[score])[0]
+
+
+def retrieve(name: str, dataset: str, folder: Path) -> dict[str, float]:
+    """nDCG@10 of a model and of BM25, in percent."""
+    start_script(
+        *("run_beir", "--model_name_or_path", name, "--dataset", dataset, "--bm25", "true", "--report_to", "none"),
+        *("--use_cpu", "true", "--per_device_eval_batch_size", "32", "--output_dir", str(folder)),
+    )
+    results = read_json(folder / "results.json")
+    return {
+        "model": 100 * results["scores"]["ndcg_at_10"],
+        "BM25": 100 * results["details"]["baselines"]["BM25"]["ndcg_at_10"],
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", required=True, help="SentenceTransformers; the last is the reference")
+    parser.add_argument("--pairs", nargs="+", default=[], help="FILE:FIRST:SECOND:SCORE, columns of a file")
+    parser.add_argument("--retrieval", nargs="+", default=[], help="sets in BEIR's format")
+    parser.add_argument("--onnx", action="store_true", help="export the ModernALBERT models as well")
+    parser.add_argument("--repeats", type=count, default=15, help="turns of the timing")
+    parser.add_argument("--threads", type=count, default=torch.get_num_threads())
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/embedding"))
+    args = parser.parse_args(argv)
+    if wrong := [source for source in args.pairs if source.count(":") < 3]:
+        parser.error(f"--pairs takes FILE:FIRST:SECOND:SCORE, got {', '.join(wrong)}")
+    torch.set_num_threads(args.threads)
+    models = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in args.models:
+            model = models[Path(name).name] = SentenceTransformer(
+                name, device="cpu", model_kwargs={"dtype": "float32"}
+            )
+            model.megabytes = sum(parameter.nbytes for parameter in model.parameters()) / 1e6
+            if args.onnx and model[0].auto_model.config.model_type == "modernalbert":
+                folder = Path(scratch) / Path(name).name
+                folder.mkdir()
+                models |= in_onnx(name, folder)
+        batches = {"one sentence": [SENTENCE], "32 sentences": [f"{n} {SENTENCE[: 20 + n]}" for n in range(32)]}
+        times = {
+            batch: interleave(
+                {name: lambda model=model, texts=texts: model.encode(texts) for name, model in models.items()},
+                args.repeats,
+                batch,
+            )
+            for batch, texts in batches.items()
+        }
+        columns = {Path(source.rsplit(":", 3)[0]).parent.name: source for source in args.pairs}
+        scores = {
+            name: {column: correlate(model, source) for column, source in columns.items()}
+            for name, model in models.items()
+        }
+    baselines = {}
+    for dataset in args.retrieval:
+        for name in args.models:
+            found = retrieve(name, dataset, args.output_dir / Path(name).name / Path(dataset).name)
+            scores[Path(name).name][Path(dataset).name] = found["model"]
+            baselines[Path(dataset).name] = found["BM25"]
+    scores["BM25"] = baselines
+    header = ["", "parameters", "MB", *columns, *(Path(dataset).name for dataset in args.retrieval)]
+    header += [part for batch in batches for part in (f"{batch} (ms)", "ratio")]
+    reference = Path(args.models[-1]).name
+    rows, figures = [], {"machine": describe_machine(), "models": {}}
+    for name, model in [*models.items(), *([("BM25", None)] if baselines else [])]:
+        figures["models"][name] = {"scores": scores[name]}
+        row = [name, "", ""]
+        if model is not None:
+            parameters = sum(parameter.numel() for parameter in model.parameters())
+            row[1:] = [f"{parameters / 1e6:.1f}M", f"{model.megabytes:.1f}"]
+            figures["models"][name] |= {"parameters": parameters, "megabytes": model.megabytes}
+        row += [
+            f"{scores[name][column]:.1f}" if column in scores[name] else ""
+            for column in header[3:]
+            if column != "ratio"
+        ][: len(columns) + len(args.retrieval)]
+        for batch in batches:
+            if model is None:
+                row += ["", ""]
+                continue
+            relative = ratio(times[batch][name], times[batch][reference])
+            row += [f"{1e3 * median(times[batch][name]):.1f}", f"{relative:.2f}"]
+            figures["models"][name][batch] = {"milliseconds": 1e3 * median(times[batch][name]), "ratio": relative}
+        rows.append(row)
+    print(format_table(header, rows, numbers=True))
+    print(f"\n{figures['machine']['device']}, torch {figures['machine']['torch']}")
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    write_json(args.output_dir / "embedding.json", figures)
+
+
+if __name__ == "__main__":
+    run_script(main)
