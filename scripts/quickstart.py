@@ -199,7 +199,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
     console.rule("4. merging the experts")
     merge_experts.main(
         ["--model_name_or_path", str(folder / "classifier"), "--output_dir", str(folder / "merged")]
-        + ["--calibration_data", files["train"], "--validation_data", files["validation"], "--max_length", "96"]
+        + ["--method", "regression", "--compare", "uniform", "drop", "--calibration_data", files["train"]]
+        + ["--validation_data", files["validation"], "--max_length", "96"]
     )
     merged = run_glue.main(
         ["--model_name_or_path", str(folder / "merged"), "--output_dir", str(folder / "merged-results"), *shared]
