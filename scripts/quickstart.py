@@ -174,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     documents = model.encode(paragraphs, batch_size=64)
     best = model.similarity(model.encode(QUESTIONS), documents).max(dim=1)
     for question, score, index in zip(QUESTIONS, best.values.tolist(), best.indices.tolist(), strict=True):
-        console.print(f"{question}  {score:.2f}  {paragraphs[index][:120]}", highlight=False)
+        console.print(f"{question}\n    {score:.2f}  {paragraphs[index][:90]}", highlight=False)
 
     console.rule("3. fine-tuning: which part of the standard library?")
     files = write_task(folder, args.rows, args.seed)
