@@ -20,6 +20,10 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
 
 
 # Every saved config.json names these classes, so that every head of every checkpoint loads with
@@ -93,7 +97,8 @@ class ModernAlbertConfig(PreTrainedConfig):
         embedding_size (`int`): Width E of the factorised embedding, V x E then E x H (ALBERT).
         hidden_size (`int`): Width H of the residual stream.
         intermediate_size (`int`): Width of the feed-forward layers outside `mol_groups`.
-        num_hidden_layers (`int`): Layers that are **executed**.
+        num_hidden_layers (`int`): Layers that are **executed**. Another multiple of `num_hidden_groups`, given at load or
+            to the forward pass, runs the same weights more or fewer times.
         num_hidden_groups (`int`): Blocks that own weights. Layer `i` runs block
             `i // (num_hidden_layers // num_hidden_groups)`: contiguous sharing, AAABBB. Equal to `num_hidden_layers`,
             nothing is shared.
@@ -229,10 +234,20 @@ class ModernAlbertConfig(PreTrainedConfig):
         """[`~PreTrainedConfig.from_dict`], with fields that are overridden at load under the same rules.
 
         The library sets them on the finished configuration, past the rules and the defaults that depend on them.
+        `num_hidden_layers` alone is another depth of the same model, see [`at_depth`].
         """
         own = cls.__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__.keys()
         overrides = {name: kwargs.pop(name) for name in own & kwargs.keys()}
-        return super().from_dict({**config_dict, **overrides}, **kwargs)
+        depth = None
+        if "num_hidden_layers" in config_dict and not {"num_hidden_groups", "layer_types"} & overrides.keys():
+            depth = overrides.pop("num_hidden_layers", None)
+        result = super().from_dict({**config_dict, **overrides}, **kwargs)
+        if depth is None:
+            return result
+        config, *unused = result if isinstance(result, tuple) else (result,)
+        config.warn_of_depth(depth)
+        config = config.at_depth(depth)
+        return (config, *unused) if unused else config
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         """[`~PreTrainedConfig.save_pretrained`], with the classes of every head in `auto_map`."""
@@ -285,6 +300,73 @@ class ModernAlbertConfig(PreTrainedConfig):
     def layers_per_group(self) -> int:
         """How many times in a row a block runs."""
         return self.num_hidden_layers // self.num_hidden_groups
+
+    def schedule(self, num_hidden_layers: int | None = None) -> list[tuple[int, int, str]]:
+        """Group, run of the group, and layer type of every layer that runs.
+
+        Args:
+            num_hidden_layers: Another depth than the configuration's. More runs repeat the layer types of a group.
+
+        Raises:
+            ValueError: The groups cannot run so often.
+        """
+        if num_hidden_layers is None:
+            num_hidden_layers = self.num_hidden_layers
+        elif num_hidden_layers != self.num_hidden_layers:
+            self._check_depth(num_hidden_layers)
+        trained = self.layers_per_group
+        return [
+            (group, run, self.layer_types[group * trained + run % trained])
+            for group in range(self.num_hidden_groups)
+            for run in range(num_hidden_layers // self.num_hidden_groups)
+        ]
+
+    def at_depth(self, num_hidden_layers: int) -> "ModernAlbertConfig":
+        """A copy whose groups run more or fewer times, for the same weights.
+
+        Raises:
+            ValueError: They cannot run so often, or the weights depend on how often they do.
+        """
+        config = copy.deepcopy(self)
+        if num_hidden_layers == self.num_hidden_layers:
+            return config
+        layer_types = [layer_type for *_, layer_type in self.schedule(num_hidden_layers)]
+        if self.has_router and self.router_type == "depth":
+            raise ValueError(
+                f"`num_hidden_layers` ({num_hidden_layers}) cannot be changed at load: the router has a bias for each of "
+                f"{self.layers_per_group} runs; load all, and pass `num_hidden_layers` to the forward pass"
+            )
+        config.num_hidden_layers, config.layer_types = num_hidden_layers, layer_types
+        used = dict.fromkeys(layer_types)
+        config.rope_parameters = {name: value for name, value in self.rope_parameters.items() if name in used}
+        config.validate()
+        return config
+
+    def warn_of_depth(self, num_hidden_layers: int) -> None:
+        """Says, once, what to expect of a depth that the model was not trained for."""
+        if num_hidden_layers != self.num_hidden_layers:
+            logger.warning_once(
+                f"The model was trained to run {self.num_hidden_layers} layers, and runs {num_hidden_layers}. Its outputs are "
+                "others: measure what they are worth before you use them, or fine-tune it at this depth."
+            )
+
+    def _check_depth(self, num_hidden_layers: int) -> None:
+        groups = self.num_hidden_groups
+        if type(num_hidden_layers) is not int or num_hidden_layers < 1 or num_hidden_layers % groups:
+            raise ValueError(
+                f"`num_hidden_layers` ({num_hidden_layers}) must be a multiple of the {groups} groups of the model, each "
+                f"of which runs equally often: {groups}, {2 * groups}, ..."
+            )
+        if self.modulation == "depth_lora" and self.mol_groups:
+            raise ValueError(
+                f"`num_hidden_layers` ({num_hidden_layers}) must be {self.num_hidden_layers}: every run of a group has a "
+                "LoRA of its own"
+            )
+        if self.has_router and self.router_type == "depth" and num_hidden_layers > self.num_hidden_layers:
+            raise ValueError(
+                f"`num_hidden_layers` ({num_hidden_layers}) must be at most {self.num_hidden_layers}: the router has a bias "
+                "for that many"
+            )
 
     @property
     def modulation(self) -> str:

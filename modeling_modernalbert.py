@@ -432,6 +432,7 @@ class ModernAlbertModel(ModernAlbertPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         seq_idx: torch.Tensor | None = None,
         cu_seq_lens_q: torch.Tensor | None = None,
+        num_hidden_layers: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ModernAlbertModelOutput:
         r"""
@@ -444,13 +445,17 @@ class ModernAlbertModel(ModernAlbertPreTrainedModel):
             Number of every token's sequence, as `DataCollatorWithFlattening` makes it: a change starts a new sequence.
         cu_seq_lens_q (`torch.Tensor` of shape `(num_sequences + 1,)`, *optional*):
             Start of every sequence among the real tokens of the batch, and the end, in place of `position_ids`.
+        num_hidden_layers (`int`, *optional*):
+            Layers to run in this call, a multiple of `num_hidden_groups`; by default the configuration's.
         """
         check_inputs(self.config, input_ids, inputs_embeds, attention_mask, position_ids, kwargs)
         inputs = input_ids if input_ids is not None else inputs_embeds
         unpad_inputs = self.config.unpad_inputs
         sequences = arrange_sequences(inputs, attention_mask, position_ids, seq_idx, cu_seq_lens_q, unpad_inputs)
+        schedule = self.config.schedule(num_hidden_layers)
         if not is_traced(inputs):
             self.check_length(sequences.max_length)
+            self.config.warn_of_depth(len(schedule))
 
         input_ids, inputs_embeds = (
             None if tensor is None else sequences.unpad_input(tensor) for tensor in (input_ids, inputs_embeds)
@@ -463,7 +468,7 @@ class ModernAlbertModel(ModernAlbertPreTrainedModel):
             position_embeddings[layer_type] = self.rotary_emb(hidden_states, sequences.position_ids, layer_type)
 
         kwargs = {name: value for name, value in kwargs.items() if name not in SEQUENCE_LENGTHS}
-        outputs = self.run_layers(hidden_states, sequences, attention, position_embeddings, **kwargs)
+        outputs = self.run_layers(hidden_states, sequences, attention, position_embeddings, schedule, **kwargs)
         if outputs.router_logits:  # recorded as [tokens, num_experts]
             outputs.router_logits = tuple(
                 sequences.pad_output(logits.unflatten(0, sequences.hidden_shape)) for logits in outputs.router_logits
@@ -479,6 +484,7 @@ class ModernAlbertModel(ModernAlbertPreTrainedModel):
         sequences: PaddedSequences | UnpaddedSequences,
         attention: dict[str, RowAttention],
         position_embeddings: dict[str, tuple[torch.Tensor, torch.Tensor]],
+        schedule: list[tuple[int, int, str]],
         **kwargs: Unpack[TransformersKwargs],
     ) -> ModernAlbertModelOutput:
         """The layers and the final norm.
@@ -488,6 +494,7 @@ class ModernAlbertModel(ModernAlbertPreTrainedModel):
             sequences: How the sequences of the batch lie in it.
             attention: Attention over them, by layer type.
             position_embeddings: Cosines and sines of RoPE, by layer type.
+            schedule: Group, run of the group, and layer type of every layer that runs.
             **kwargs: Of the attention implementation, and which outputs are recorded.
 
         Returns:
@@ -499,8 +506,7 @@ class ModernAlbertModel(ModernAlbertPreTrainedModel):
         padded = sequences if kwargs.get("output_hidden_states", config.output_hidden_states) else None
         if padded is not None:
             hidden_states = padded.pad_output(hidden_states)
-        for index, layer_type in enumerate(config.layer_types):
-            group, depth = divmod(index, config.layers_per_group)
+        for group, depth, layer_type in schedule:
             hidden_states = self.layers[group](
                 hidden_states,
                 position_embeddings=position_embeddings[layer_type],

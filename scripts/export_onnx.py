@@ -5,7 +5,7 @@
 
 The folder holds `model.onnx`, configuration and tokenizer. Batch and length are free; inputs are `input_ids` and
 `attention_mask`, outputs those of the head. The folder appears only after onnxruntime has run the model with the same outputs as
-PyTorch. `--quantize` adds `model_int8.onnx`, for CPUs, and reports how far it is from the model.
+PyTorch. `--num_hidden_layers` exports the model at another depth. `--quantize` adds `model_int8.onnx`, for CPUs, and reports how far it is from the model.
 """
 
 import json
@@ -28,6 +28,9 @@ class OnnxArguments:
 
     model_name_or_path: str = field(metadata={"help": "Hub name or folder of a ModernALBERT without experts."})
     output_dir: str = field(metadata={"help": "Folder to write; must not exist, or be empty."})
+    num_hidden_layers: Count | None = field(
+        default=None, metadata={"help": "Layers to run, a multiple of the model's groups; default: the model's."}
+    )
     quantize: bool = field(default=False, metadata={"help": "Write `model_int8.onnx` as well."})
     opset: Count | None = field(default=None, metadata={"help": "Version of the operator set; default: torch's."})
 
@@ -45,8 +48,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.getLogger().setLevel(logging.WARNING)
     logger.setLevel(logging.INFO)
     new_folder(args.output_dir, args.model_name_or_path)
-    check_onnx(check_exportable(args.model_name_or_path), args.opset)
-    model, tokenizer = load_exportable(args.model_name_or_path)
+    config = check_exportable(args.model_name_or_path)
+    check_onnx(config, args.opset)
+    if args.num_hidden_layers is not None:
+        config = config.at_depth(args.num_hidden_layers)
+    model, tokenizer = load_exportable(args.model_name_or_path, config=config)
     for name, difference in export_onnx(model, tokenizer, args.output_dir, args.quantize, args.opset).items():
         file = Path(args.output_dir) / name
         report = {"file": str(file), "bytes": file.stat().st_size, "class": type(model).__name__}

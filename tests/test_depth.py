@@ -1,0 +1,196 @@
+"""One checkpoint at several depths: at load, in a call, in every head and in the tools around it."""
+
+import threading
+
+import pytest
+import torch
+from helpers import load_script
+from transformers import AutoModel
+
+import modernalbert
+from modernalbert import ModernAlbertConfig, ModernAlbertForMaskedLM, ModernAlbertModel
+from modernalbert.tokenization import padded_vocab_size, save_tokenizer, train_tokenizer
+
+
+IDS = torch.randint(5, 60, (2, 9), generator=torch.Generator().manual_seed(0))
+SLIDING = ["full_attention", "sliding_attention"]
+HEADS = [name for name in modernalbert.__all__ if "For" in name]
+
+
+@pytest.fixture(scope="module")
+def folder(make_model, tmp_path_factory):
+    """8 layers of 2 groups, full and sliding in turn, with experts in both groups."""
+    path = tmp_path_factory.mktemp("depth")
+    fields = {"num_hidden_layers": 8, "layer_types": SLIDING * 4, "mol_groups": [0, 1], "router_jitter_noise": 0.0}
+    make_model(ModernAlbertForMaskedLM, **fields).save_pretrained(path)
+    return path
+
+
+def naive(model, ids, runs):
+    """The encoder, layer by layer: each group `runs` times, its types repeated."""
+    config = model.config
+    layers = []
+    for group in range(config.num_hidden_groups):
+        types = config.layer_types[group * config.layers_per_group : (group + 1) * config.layers_per_group]
+        layers += [(group, run, types[run % len(types)]) for run in range(runs)]
+    fields = {**config.to_dict(), "num_hidden_layers": len(layers), "layer_types": [layer[-1] for layer in layers]}
+    other = ModernAlbertModel(ModernAlbertConfig(**fields)).eval()
+    other.load_state_dict(model.state_dict())
+    return other(ids).last_hidden_state
+
+
+@pytest.mark.parametrize("layers", [2, 4, 6, 12])
+def test_a_depth_at_load_is_the_depth_of_a_call(folder, layers):
+    model = AutoModel.from_pretrained(folder).eval()
+    loaded = AutoModel.from_pretrained(folder, num_hidden_layers=layers).eval()
+    assert loaded.config.num_hidden_layers == len(loaded.config.layer_types) == layers
+    flags = {"output_hidden_states": True, "output_router_logits": True}
+    with torch.no_grad():
+        called, expected = model(IDS, num_hidden_layers=layers, **flags), loaded(IDS, **flags)
+        assert len(called.hidden_states) == layers + 1 and len(called.router_logits) == layers
+        for name in ("last_hidden_state", "hidden_states", "router_logits", "aux_loss"):
+            torch.testing.assert_close(called[name], expected[name], rtol=0, atol=0)
+        torch.testing.assert_close(called.last_hidden_state, naive(model, IDS, layers // 2), rtol=0, atol=0)
+        assert (model(IDS).last_hidden_state - called.last_hidden_state).abs().max() > 1e-3
+    assert loaded.config.estimate_flops(9) < model.config.estimate_flops(9) or layers > 8
+    assert model.config.num_hidden_layers == 8  # a call changes nothing
+
+
+def test_a_loaded_depth_is_saved(folder, tmp_path):
+    loaded = AutoModel.from_pretrained(folder, num_hidden_layers=2)
+    loaded.save_pretrained(tmp_path)
+    again = AutoModel.from_pretrained(tmp_path)
+    assert again.config.layer_types == ["full_attention"] * 2
+    assert again.config.rope_parameters.keys() == {"full_attention"}
+    torch.testing.assert_close(again.eval()(IDS).last_hidden_state, loaded.eval()(IDS).last_hidden_state)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_every_head_takes_a_depth(folder, head):
+    model_class = getattr(modernalbert, head)
+    torch.manual_seed(0)
+    model = model_class.from_pretrained(folder).eval()
+    loaded = model_class.from_pretrained(folder, num_hidden_layers=4).eval()
+    loaded.load_state_dict(model.state_dict())
+    ids = IDS[None] if "MultipleChoice" in head else IDS
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids, num_hidden_layers=4)[0], loaded(ids)[0], rtol=0, atol=0)
+
+
+def test_gradients_at_a_depth(folder):
+    model, loaded = (ModernAlbertForMaskedLM.from_pretrained(folder).train() for _ in range(2))
+    loaded.config = loaded.model.config = loaded.config.at_depth(4)
+    model(IDS, labels=IDS, num_hidden_layers=4).loss.backward()
+    loaded(IDS, labels=IDS).loss.backward()
+    expected = {name: parameter.grad for name, parameter in loaded.named_parameters()}
+    torch.testing.assert_close({name: p.grad for name, p in model.named_parameters()}, expected)
+
+
+def test_threads_run_at_depths_of_their_own(folder):
+    model = AutoModel.from_pretrained(folder).eval()
+    depths = [2, 4, 8, 12]
+    with torch.no_grad():
+        expected = {layers: model(IDS, num_hidden_layers=layers).last_hidden_state for layers in depths}
+    wrong = []
+
+    def serve(layers):
+        with torch.no_grad():
+            for _ in range(20):
+                if not torch.equal(model(IDS, num_hidden_layers=layers).last_hidden_state, expected[layers]):
+                    wrong.append(layers)
+
+    threads = [threading.Thread(target=serve, args=(layers,)) for layers in depths]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("layers", [0, -2, 3, 2.0, True])
+def test_a_depth_that_the_groups_do_not_divide_is_refused(folder, layers):
+    model = AutoModel.from_pretrained(folder)
+    with pytest.raises(ValueError, match="must be a multiple of the 2 groups .*: 2, 4"):
+        model(IDS, num_hidden_layers=layers)
+    with pytest.raises(Exception, match="must be a multiple of the 2 groups|num_hidden_layers"):
+        AutoModel.from_pretrained(folder, num_hidden_layers=layers)
+
+
+def test_what_belongs_to_a_depth_is_refused_at_others(make_model, tmp_path):
+    lora = make_model(ModernAlbertModel, ffn_modulation="depth_lora", num_hidden_layers=4)
+    with pytest.raises(ValueError, match="every run of a group has a LoRA of its own"):
+        lora(IDS, num_hidden_layers=2)
+    lora.save_pretrained(tmp_path / "lora")
+    with pytest.raises(ValueError, match="every run of a group has a LoRA of its own"):
+        AutoModel.from_pretrained(tmp_path / "lora", num_hidden_layers=2)
+    router = make_model(ModernAlbertModel, router_type="depth", num_hidden_layers=4)
+    with torch.no_grad():
+        assert router.eval()(IDS, num_hidden_layers=2).last_hidden_state.isfinite().all()
+    with pytest.raises(ValueError, match=r"must be at most 4: the router has a bias"):
+        router(IDS, num_hidden_layers=6)
+    router.save_pretrained(tmp_path / "router")
+    with pytest.raises(ValueError, match="cannot be changed at load: the router has a bias for each of 2 runs"):
+        AutoModel.from_pretrained(tmp_path / "router", num_hidden_layers=2)
+
+
+def test_a_depth_that_was_not_trained_is_warned_of_once(folder, caplog):
+    from transformers.utils import logging
+
+    logging.warning_once.cache_clear()
+    library = logging.get_logger("modernalbert")
+    library.propagate = True
+    logging.enable_propagation()
+    try:
+        model = AutoModel.from_pretrained(folder)
+        assert "trained to run" not in caplog.text
+        for _ in range(3):
+            model(IDS, num_hidden_layers=4)
+    finally:
+        logging.disable_propagation()
+    assert caplog.text.count("The model was trained to run 8 layers, and runs 4") == 1
+
+
+# ---- Tools
+
+
+def test_merged_experts_run_at_a_depth(folder):
+    model = AutoModel.from_pretrained(folder, num_hidden_layers=4).eval().merge_experts("cat")
+    whole = AutoModel.from_pretrained(folder).eval().merge_experts("cat")
+    with torch.no_grad():
+        found, expected = model(IDS).last_hidden_state, whole(IDS, num_hidden_layers=4).last_hidden_state
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_compiled_at_several_depths(folder):
+    model = AutoModel.from_pretrained(folder).eval()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        for layers in (2, 8, 4):
+            torch.testing.assert_close(
+                compiled(IDS, num_hidden_layers=layers).last_hidden_state,
+                model(IDS, num_hidden_layers=layers).last_hidden_state,
+            )
+
+
+def test_an_embedder_and_a_graph_at_a_depth(make_model, tmp_path):
+    sentence_transformers = pytest.importorskip("sentence_transformers", reason="needs sentence-transformers")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime")
+    tokenizer = train_tokenizer(["A list is sorted in place."] * 3, vocab_size=300)
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "cls", "sep")}
+    fields = {"num_hidden_layers": 4, "mol_groups": [], "vocab_size": padded_vocab_size(tokenizer), **ids}
+    model = make_model(ModernAlbertModel, **fields).eval()
+    model.save_pretrained(tmp_path / "model")
+    save_tokenizer(tokenizer, tmp_path / "model")
+    text = "A list is sorted."
+    inputs = tokenizer(text, return_tensors="pt")
+    with torch.no_grad():
+        expected = model(**inputs, num_hidden_layers=2).last_hidden_state
+    options = {"device": "cpu", "config_kwargs": {"num_hidden_layers": 2}}
+    embedder = sentence_transformers.SentenceTransformer(str(tmp_path / "model"), **options)
+    torch.testing.assert_close(embedder.encode(text, convert_to_tensor=True), expected[0].mean(dim=0))
+
+    command = ["--model_name_or_path", str(tmp_path / "model"), "--output_dir", str(tmp_path / "onnx")]
+    load_script("export_onnx").main([*command, "--num_hidden_layers", "2"])
+    session = onnxruntime.InferenceSession(str(tmp_path / "onnx" / "model.onnx"), providers=["CPUExecutionProvider"])
+    (found,) = session.run(["last_hidden_state"], {name: inputs[name].numpy() for name in inputs})
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
