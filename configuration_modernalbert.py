@@ -99,6 +99,8 @@ class ModernAlbertConfig(PreTrainedConfig):
         intermediate_size (`int`): Width of the feed-forward layers outside `mol_groups`.
         num_hidden_layers (`int`): Layers that are **executed**. Another multiple of `num_hidden_groups`, given at load or
             to the forward pass, runs the same weights more or fewer times.
+        elastic_depth (`bool`): Whether training ran smaller depths beside the full one (`--elastic_depth`), so that the
+            model may be run at them without a warning. Our choice.
         num_hidden_groups (`int`): Blocks that own weights. Layer `i` runs block
             `i // (num_hidden_layers // num_hidden_groups)`: contiguous sharing, AAABBB. Equal to `num_hidden_layers`,
             nothing is shared.
@@ -167,6 +169,7 @@ class ModernAlbertConfig(PreTrainedConfig):
     # Recursion
     num_hidden_layers: int = 14
     num_hidden_groups: int = 7
+    elastic_depth: bool = False
 
     # Mixture of LoRAs, or its alternatives
     ffn_modulation: Literal["mol", "moa", "depth_lora", "none"] = "mol"
@@ -344,10 +347,11 @@ class ModernAlbertConfig(PreTrainedConfig):
 
     def warn_of_depth(self, num_hidden_layers: int) -> None:
         """Says, once, what to expect of a depth that the model was not trained for."""
-        if num_hidden_layers != self.num_hidden_layers:
+        trained = self.elastic_depth and num_hidden_layers < self.num_hidden_layers
+        if num_hidden_layers != self.num_hidden_layers and not trained:
             logger.warning_once(
                 f"The model was trained to run {self.num_hidden_layers} layers, and runs {num_hidden_layers}. Its outputs are "
-                "others: measure what they are worth before you use them, or fine-tune it at this depth."
+                "others: measure what they are worth before you use them, or train it with `--elastic_depth`."
             )
 
     def _check_depth(self, num_hidden_layers: int) -> None:

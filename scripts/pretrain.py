@@ -100,6 +100,8 @@ RECIPE = (
     *("bf16", "seed"),
 )
 
+LOSSES = ("mlm_loss", "kl_loss", "hidden_loss", "pooled_loss", "depth_loss", "aux_loss")
+
 # Arguments of the script that change neither weights nor losses.
 WITHOUT_EFFECT = ("license", "preprocessing_num_workers", "teacher_cache", "teacher_cache_gb")
 
@@ -163,6 +165,10 @@ class PretrainingArguments:
     masked_share: Annotated[float, Bounds(least=0, most=1)] = field(
         default=1.0,
         metadata={"help": "Share of the sequences that are masked; the others teach by the teacher alone."},
+    )
+    elastic_depth: bool = field(
+        default=False,
+        metadata={"help": "Train smaller depths beside the full one, so that the model may be run at them."},
     )
     decay_steps: NotNegative = field(
         default=0.1, metadata={"help": "Last steps, in which the learning rate falls; below 1: a share of the run."}
@@ -384,6 +390,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         kl_weight=args.kl_weight,
         hidden_weight=args.hidden_weight,
         pooled_weight=args.pooled_weight,
+        elastic_depth=args.elastic_depth,
         decay_steps=args.decay_steps,
     )
     trainer.add_callback(
@@ -494,11 +501,7 @@ def summarise(trainer: PretrainingTrainer, model: PreTrainedModel) -> dict:
     if "eval_loss" in results and not trainer.evaluates_teacher_terms:
         results["perplexity"] = math.exp(results["eval_loss"])
     for entry in trainer.state.log_history:
-        results |= {
-            name: entry[name]
-            for name in ("mlm_loss", "kl_loss", "hidden_loss", "pooled_loss", "aux_loss")
-            if name in entry
-        }
+        results |= {name: entry[name] for name in LOSSES if name in entry}
     return {**results, **environment()}
 
 
@@ -509,7 +512,7 @@ def card_facts(args: PretrainingArguments, trainer: PretrainingTrainer, results:
     eval_losses = {
         source: results["eval_loss" if len(names) == 1 else f"eval_{name}_loss"] for source, name in names.items()
     }
-    losses = ("mlm_loss", "kl_loss", "hidden_loss", "pooled_loss", "aux_loss")
+    losses = LOSSES
     recipe = {**asdict(args), **{name: getattr(training_args, name) for name in RECIPE}}
     return PretrainingFacts(
         name=Path(training_args.output_dir).name,

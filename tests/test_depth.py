@@ -4,12 +4,17 @@ import threading
 
 import pytest
 import torch
-from helpers import load_script
-from transformers import AutoModel
+import torch.nn.functional as F
+from datasets import Dataset
+from helpers import ROWS, TEXTS, VOCAB, lay_out, load_script, make_batch
+from transformers import AutoModel, TrainingArguments
 
 import modernalbert
 from modernalbert import ModernAlbertConfig, ModernAlbertForMaskedLM, ModernAlbertModel
 from modernalbert.tokenization import padded_vocab_size, save_tokenizer, train_tokenizer
+from modernalbert.training.packing import PackedCollator, TokenMasker
+from modernalbert.training.pretraining import PretrainingTrainer
+from modernalbert.training.trainer import draw_depth
 
 
 IDS = torch.randint(5, 60, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -194,3 +199,103 @@ def test_an_embedder_and_a_graph_at_a_depth(make_model, tmp_path):
     session = onnxruntime.InferenceSession(str(tmp_path / "onnx" / "model.onnx"), providers=["CPUExecutionProvider"])
     (found,) = session.run(["last_hidden_state"], {name: inputs[name].numpy() for name in inputs})
     torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
+
+
+# ---- Training for smaller depths
+
+
+def make_trainer(model, tokenizer, folder, arguments=None, **settings):
+    defaults = {"output_dir": str(folder), "report_to": "none", "use_cpu": True, "disable_tqdm": True, "max_steps": 1}
+    defaults |= {"remove_unused_columns": False, "save_strategy": "no", "weight_decay": 0.0, "logging_steps": 1}
+    return PretrainingTrainer(
+        model=model,
+        args=TrainingArguments(**defaults | (arguments or {})),
+        data_collator=PackedCollator(tokenizer),
+        train_dataset=Dataset.from_list(lay_out(ROWS)),
+        masker=TokenMasker(tokenizer, 0.3),
+        **settings,
+    )
+
+
+@pytest.fixture
+def prose_tokenizer():
+    return train_tokenizer(TEXTS, vocab_size=VOCAB)
+
+
+def test_the_drawn_depth_belongs_to_the_step(make_config):
+    config = make_config(num_hidden_layers=8)
+    drawn = [draw_depth(config, 0, step) for step in range(60)]
+    assert set(drawn) == {2, 4, 6}
+    assert drawn == [draw_depth(config, 0, step) for step in range(60)]
+    assert drawn != [draw_depth(config, 1, step) for step in range(60)]
+
+
+def test_the_smaller_depth_learns_from_the_full_one(make_student, prose_tokenizer, tmp_path):
+    """Value and gradient of the term against two runs by hand; the full depth gets no gradient from it."""
+    model = make_student(num_hidden_layers=4)
+    trainer = make_trainer(model, prose_tokenizer, tmp_path, elastic_depth=True)
+    batch = make_batch(prose_tokenizer)
+    trainer.tokens_in_batch = int(batch["attention_mask"].sum())
+    items = (batch["labels"] != -100).sum()
+    flags = {"output_hidden_states": True}
+    full, smaller = (
+        model(**batch, **flags, num_hidden_layers=layers) for layers in (4, draw_depth(model.config, 42, 0))
+    )
+    found = trainer.depth_loss(batch, smaller, full, items)
+    real = batch["attention_mask"].bool()
+    ours = [row for row, kept in zip(smaller.hidden_states[-1].flatten(0, 1), real.flatten(), strict=True) if kept]
+    theirs = [row for row, kept in zip(full.hidden_states[-1].flatten(0, 1), real.flatten(), strict=True) if kept]
+    pairs = zip(ours, theirs, strict=True)
+    expected = sum(1 - (a @ b.detach()) / (a.norm() * b.detach().norm()) for a, b in pairs) / len(ours)
+    for a, b in zip(smaller.logits, full.logits.detach(), strict=True):
+        p, q = b.softmax(0), a.softmax(0)
+        expected = expected + (p * (p / q).log()).sum() / items
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    gradients = [torch.autograd.grad(loss, model.parameters(), retain_graph=True) for loss in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
+
+
+def test_micro_batches_give_the_weights_of_one_large_batch(make_student, prose_tokenizer, tmp_path):
+    states = []
+    for size, steps in ((3, 1), (1, 3)):
+        torch.manual_seed(0)
+        model = make_student(num_hidden_layers=8, router_aux_loss_coef=0.0)
+        arguments = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "optim": "sgd"}
+        trainer = make_trainer(model, prose_tokenizer, tmp_path / str(size), arguments, elastic_depth=True)
+        trainer.train()
+        assert trainer.state.log_history[0]["depth_loss"] > 0.1
+        states.append(model.state_dict())
+    torch.testing.assert_close(*states, rtol=1e-4, atol=1e-5)
+
+
+def test_training_brings_the_depths_together(make_student, prose_tokenizer, tmp_path):
+    distances = []
+    for elastic in (False, True):
+        torch.manual_seed(0)
+        model = make_student(num_hidden_layers=4)
+        arguments = {"max_steps": 30, "learning_rate": 3e-3, "per_device_train_batch_size": 3}
+        make_trainer(model, prose_tokenizer, tmp_path / str(elastic), arguments, elastic_depth=elastic).train()
+        assert model.config.elastic_depth == elastic
+        batch = make_batch(prose_tokenizer, probability=0.0)
+        with torch.no_grad():
+            states = [model.eval().model(**{k: batch[k] for k in ("input_ids", "attention_mask", "position_ids")},
+                                         num_hidden_layers=layers).last_hidden_state for layers in (2, 4)]  # fmt: skip
+        distances.append((1 - F.cosine_similarity(*states, dim=-1))[batch["attention_mask"].bool()].mean())
+    assert distances[1] < 0.7 * distances[0]
+
+
+def test_what_has_no_smaller_depth_is_refused(make_student, prose_tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="each of the 2 groups runs once already"):
+        make_trainer(make_student(num_hidden_layers=2), prose_tokenizer, tmp_path, elastic_depth=True)
+    with pytest.raises(ValueError, match="has a LoRA of its own"):
+        lora = make_student(num_hidden_layers=4, ffn_modulation="depth_lora")
+        make_trainer(lora, prose_tokenizer, tmp_path, elastic_depth=True)
+
+
+def test_the_script_trains_for_depths(pretrained, tmp_path):
+    folder, arguments, _ = pretrained
+    results = load_script("pretrain").main(
+        [*arguments, "--elastic_depth", "true", "--logging_steps", "1", "--output_dir", str(tmp_path)]
+    )
+    assert results["depth_loss"] > 0
+    assert ModernAlbertConfig.from_pretrained(tmp_path).elastic_depth

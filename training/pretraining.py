@@ -5,13 +5,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import Trainer
 
 from .callbacks import StepClock
 from .distillation import Distiller, EncoderDistiller, packed_inputs
 from .packing import TokenMasker
-from .trainer import TrainerMixin
+from .trainer import TrainerMixin, check_elastic, draw_depth
 
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "labels")
@@ -48,6 +49,8 @@ class PretrainingTrainer(TrainerMixin, Trainer):
         masker: Masks the training rows; evaluation rows come masked.
         distiller: Adds a teacher's terms.
         mlm_weight, kl_weight, hidden_weight, pooled_weight: Weights of the loss terms.
+        elastic_depth: Whether each step runs a smaller depth as well, drawn for the step, which learns from the full one:
+            `1 - cos` of the last hidden states of all real tokens, and the KL divergence of the logits of masked ones.
         decay_steps: Last steps of the warmup-stable-decay schedule, in which the rate falls as `1 - sqrt`; below 1, a
             share of the run.
         **kwargs: As for `Trainer`.
@@ -62,6 +65,7 @@ class PretrainingTrainer(TrainerMixin, Trainer):
         kl_weight: float = 1.0,
         hidden_weight: float = 1.0,
         pooled_weight: float = 1.0,
+        elastic_depth: bool = False,
         decay_steps: float = 0.1,
         **kwargs,
     ):
@@ -73,7 +77,11 @@ class PretrainingTrainer(TrainerMixin, Trainer):
             "kl_loss": kl_weight,
             "hidden_loss": hidden_weight,
             "pooled_loss": pooled_weight,
+            "depth_loss": 1.0,
         }
+        self.elastic_depth = elastic_depth
+        if elastic_depth:
+            check_elastic(self.model.config)
         self.decay_steps = decay_steps
         if distiller is not None:
             distiller.teacher.to(self.args.device)
@@ -134,7 +142,7 @@ class PretrainingTrainer(TrainerMixin, Trainer):
         if not self.model.training:
             return self.compute_evaluation_loss(model, rows, inputs, return_outputs, num_items_in_batch)
         config = self.model.config
-        asked = {"output_hidden_states": True} if self.distiller is not None else {}
+        asked = {"output_hidden_states": True} if self.distiller is not None or self.elastic_depth else {}
         # Trainer multiplies the loss by the number of processes, over which gradients are averaged.
         scale = self.accelerator.num_processes
         mlm_loss, outputs = super().compute_loss(model, {**rows, **asked}, True, num_items_in_batch)
@@ -151,11 +159,27 @@ class PretrainingTrainer(TrainerMixin, Trainer):
             if isinstance(self.distiller, EncoderDistiller):
                 counts = (self.words_in_batch, self.sequences_in_batch)
             terms |= {name: scale * term for name, term in self.distiller(inputs, outputs, *counts).items()}
+        if self.elastic_depth:
+            depth = draw_depth(config, self.args.seed, self.state.global_step)
+            flags = {"output_hidden_states": True, "output_router_logits": self.routed}
+            smaller = model(**rows, **flags, num_hidden_layers=depth)
+            terms["depth_loss"] = scale * self.depth_loss(inputs, smaller, outputs, num_items_in_batch)
+            if self.routed:  # the mean over both runs
+                both = weighted["balancing"] + config.router_aux_loss_coef * scale * share * smaller.aux_loss
+                weighted["balancing"] = both / 2
         for name, term in terms.items():
             self.terms[name] += term.detach()
             weighted[name] = self.weights[name] * term
         loss = sum(weighted.values())
         return (loss, outputs) if return_outputs else loss
+
+    def depth_loss(self, inputs: dict, smaller, full, num_items: torch.Tensor | int) -> torch.Tensor:
+        """What a smaller depth differs from the full one, which is not trained by it; a share of the whole batch's."""
+        real = inputs["attention_mask"].bool()
+        states, expected = (outputs.hidden_states[-1][real].float() for outputs in (smaller, full))
+        loss = (1 - F.cosine_similarity(states, expected.detach(), dim=-1)).sum() / self.tokens_in_batch
+        found, wanted = (F.log_softmax(outputs.logits.float(), dim=-1) for outputs in (smaller, full))
+        return loss + F.kl_div(found, wanted.detach(), log_target=True, reduction="sum") / num_items
 
     @property
     def evaluates_teacher_terms(self) -> bool:

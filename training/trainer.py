@@ -2,11 +2,12 @@
 
 import logging
 import math
+import random
 import sys
 from typing import Any
 
 import torch
-from transformers import ProgressCallback, Trainer
+from transformers import PreTrainedConfig, ProgressCallback, Trainer
 
 from ..configuration_modernalbert import ModernAlbertConfig
 from ..routing_modernalbert import shares_of_choices
@@ -42,6 +43,30 @@ def routing_statistics(
     probabilities = log_probabilities.exp()
     entropy = -(probabilities * log_probabilities).sum(-1).mean(1) / torch.tensor(logits.shape[-1]).log()
     return shares_of_choices(probabilities, config).mean(dim=1), entropy
+
+
+def draw_depth(config: ModernAlbertConfig, seed: int, step: int) -> int:
+    """A number of layers below the model's, the same for all micro-batches and processes of a step."""
+    depths = range(config.num_hidden_groups, config.num_hidden_layers, config.num_hidden_groups)
+    return random.Random(f"{seed} {step}").choice(depths)
+
+
+def check_elastic(config: PreTrainedConfig) -> None:
+    """Checks that a model has smaller depths to train, and marks it as trained for them.
+
+    Raises:
+        ValueError: It has none.
+    """
+    if config.model_type != "modernalbert":
+        raise ValueError(
+            f"`elastic_depth` is for a ModernALBERT, whose groups run several times; this is a {config.model_type}"
+        )
+    if config.num_hidden_layers == config.num_hidden_groups:
+        raise ValueError(
+            f"`elastic_depth` needs smaller depths, and each of the {config.num_hidden_groups} groups runs once already"
+        )
+    config.schedule(config.num_hidden_groups)  # refuses what belongs to a depth
+    config.elastic_depth = True
 
 
 class TrainerMixin:

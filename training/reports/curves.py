@@ -15,7 +15,7 @@ from .tables import html_table
 
 # Panels in the order of the page, and the logged terms that each shows; a group of the pattern fills the title.
 PANELS = {
-    "losses": r"(?:mlm_|kl_|hidden_|pooled_|eval_.*)?loss",
+    "losses": r"(?:mlm_|kl_|hidden_|pooled_|depth_|eval_.*)?loss",
     "balancing loss, 1 = even": r"aux_loss",  # about 1, beside which the others would look flat
     "learning rate": r"learning_rate",
     "tokens per second{speed}": r"tokens_per_second",
