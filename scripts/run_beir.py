@@ -163,6 +163,8 @@ class RetrievalTask(Task):
                     raise ValueError(f"`{name}` is for training: give `do_train`, or leave it out")
         elif args.mining_model is not None and args.num_negatives == 0:
             raise ValueError("`mining_model` mines negatives: give `num_negatives`, or leave it out")
+        if tuning.elastic_depth:
+            raise ValueError("`elastic_depth` compares the outputs of a head, and an embedder has none: leave it out")
         if args.mining_model is not None:
             check_folder(args.mining_model)
         # SentenceTransformer would initialise missing tensors at random.
@@ -308,6 +310,7 @@ def build_model(args: RetrievalArguments, tuning, start: str, device: str) -> Se
         start,
         device=device,
         trust_remote_code=tuning.trust_remote_code,
+        config_kwargs={} if tuning.num_hidden_layers is None else {"num_hidden_layers": tuning.num_hidden_layers},
         model_kwargs={"dtype": "float32"},  # whatever the checkpoint holds, the master weights are float32
     )
     config = model[0].auto_model.config

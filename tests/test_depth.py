@@ -1,17 +1,20 @@
-"""One checkpoint at several depths: at load, in a call, in every head and in the tools around it."""
+"""One checkpoint at several depths: at load, in a call, in every head and in the tools around it; training for it."""
 
+import json
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from helpers import ROWS, TEXTS, VOCAB, lay_out, load_script, make_batch
-from transformers import AutoModel, TrainingArguments
+from transformers import AutoModel, AutoTokenizer, TrainingArguments
 
 import modernalbert
 from modernalbert import ModernAlbertConfig, ModernAlbertForMaskedLM, ModernAlbertModel
 from modernalbert.tokenization import padded_vocab_size, save_tokenizer, train_tokenizer
+from modernalbert.training.finetuning import depth_loss
 from modernalbert.training.packing import PackedCollator, TokenMasker
 from modernalbert.training.pretraining import PretrainingTrainer
 from modernalbert.training.trainer import draw_depth
@@ -299,3 +302,93 @@ def test_the_script_trains_for_depths(pretrained, tmp_path):
     )
     assert results["depth_loss"] > 0
     assert ModernAlbertConfig.from_pretrained(tmp_path).elastic_depth
+
+
+# ---- Fine-tuning for smaller depths
+
+
+def outputs(generator_seed, shape):
+    generator = torch.Generator().manual_seed(generator_seed)
+    return SimpleNamespace(logits=torch.randn(shape, generator=generator, requires_grad=True))
+
+
+@pytest.mark.parametrize("kind", ["classes", "tokens", "values", "answers"])
+def test_the_term_of_each_head(kind):
+    """Against sums over items by hand; only the smaller depth gets a gradient, and parts add up to the whole."""
+    shape = {"classes": (4, 3), "tokens": (4, 5, 3), "values": (4, 1), "answers": (4, 5)}[kind]
+    smaller, full = outputs(0, shape), outputs(1, shape)
+    labels = {"classes": torch.tensor([0, 2, 1, 1]), "values": torch.rand(4), "answers": None}.get(kind)
+    if kind == "tokens":
+        labels = torch.tensor([[0, 1, -100, 2, -100]] * 3 + [[-100] * 5])
+    if kind == "answers":
+        smaller, full = (SimpleNamespace(start_logits=o.logits, end_logits=2 * o.logits) for o in (smaller, full))
+    found = depth_loss(smaller, full, labels, None, kind == "values")
+    pairs = [(getattr(smaller, name), getattr(full, name)) for name in vars(smaller)]
+    sums, count = 0.0, 0
+    for a, b in pairs:
+        rows = zip(a.flatten(0, -2), b.flatten(0, -2), strict=True)
+        kept = [True] * len(a) if kind != "tokens" else (labels != -100).flatten().tolist()
+        for (x, y), keep in zip(rows, kept, strict=True):
+            if keep:
+                p, q = y.detach().softmax(0), x.softmax(0)
+                sums = sums + ((x - y.detach()).square().mean() if kind == "values" else (p * (p / q).log()).sum())
+                count += 1
+    torch.testing.assert_close(found, sums / count)
+    found.backward()
+    whole = [name for name in vars(full)]
+    assert all(getattr(full, name).grad is None for name in whole if getattr(full, name).is_leaf)
+
+    if kind in ("classes", "tokens"):
+        parts = [
+            depth_loss(SimpleNamespace(logits=smaller.logits[s]), SimpleNamespace(logits=full.logits[s]), labels[s], count, False)
+            for s in (slice(0, 1), slice(1, None))
+        ]  # fmt: skip
+        torch.testing.assert_close(sum(parts), found)
+
+
+def test_answers_of_padded_rows_have_a_finite_term(folder):
+    model = modernalbert.ModernAlbertForQuestionAnswering.from_pretrained(folder).train()
+    mask = torch.tensor([[1] * 9, [1] * 4 + [0] * 5])
+    batch = {"input_ids": IDS * mask, "attention_mask": mask}
+    term = depth_loss(model(**batch, num_hidden_layers=2), model(**batch), None, None, False)
+    term.backward()
+    assert term.isfinite() and all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_a_task_is_trained_and_scored_at_depths(pretrained, tmp_path):
+    rows = "".join(json.dumps({"text": text, "label": n % 2}) + "\n" for n, text in enumerate(TEXTS[:40]))
+    (tmp_path / "train.jsonl").write_text(rows)
+    (tmp_path / "rows.jsonl").write_text(rows.replace("Sentence", "Another"))
+    script = load_script("run_glue")
+    shared = ["--validation_files", str(tmp_path / "rows.jsonl"), "--use_cpu", "true", "--report_to", "none"]
+    training = [
+        "--train_files",
+        str(tmp_path / "train.jsonl"),
+        "--do_train",
+        "--max_steps",
+        "2",
+        "--logging_steps",
+        "1",
+    ]
+    start = ["--model_name_or_path", str(pretrained[0] / "model"), "--output_dir", str(tmp_path / "model")]
+    script.main([*start, *training, *shared, "--elastic_depth", "true"])
+    state = json.loads((tmp_path / "model" / "trainer_state.json").read_text())
+    assert state["log_history"][0]["depth_loss"] > 0
+    assert ModernAlbertConfig.from_pretrained(tmp_path / "model").elastic_depth
+    scored = ["--model_name_or_path", str(tmp_path / "model"), "--output_dir", str(tmp_path / "small")]
+    script.main([*scored, *shared, "--num_hidden_layers", "3"])
+    found = [
+        json.loads(line)["logits"] for line in (tmp_path / "small" / "predictions.jsonl").read_text().splitlines()
+    ]
+    model = modernalbert.ModernAlbertForSequenceClassification.from_pretrained(tmp_path / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        expected = model(
+            **tokenizer(TEXTS[0].replace("Sentence", "Another"), return_tensors="pt"), num_hidden_layers=3
+        )
+    torch.testing.assert_close(torch.tensor(found[0]), expected.logits[0], rtol=1e-4, atol=1e-4)
+
+    with pytest.raises(ValueError, match="must be a multiple of the 3 groups"):
+        script.main([*scored[:2], "--output_dir", str(tmp_path / "other"), *shared, "--num_hidden_layers", "4"])
+    with pytest.raises(ValueError, match="`elastic_depth` is for training"):
+        script.main([*scored[:2], "--output_dir", str(tmp_path / "other"), *shared, "--elastic_depth", "true"])

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+import torch
+import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
@@ -30,7 +32,7 @@ from .export.cards import MERGED_NAME
 from .loading import is_adapter
 from .packing import collate_batches
 from .runs import bytes_of_run, check_output_dir, write_files
-from .trainer import TrainerMixin, train_to_the_end
+from .trainer import TrainerMixin, check_elastic, draw_depth, train_to_the_end
 
 
 logger = logging.getLogger(__name__)
@@ -66,6 +68,13 @@ class FineTuningArguments:
     router_aux_loss_coef: NotNegative | None = field(
         default=None, metadata={"help": "Weight of the balancing loss, 0 for none; default: the checkpoint's."}
     )
+    num_hidden_layers: Count | None = field(
+        default=None, metadata={"help": "Layers of a ModernALBERT to run, a multiple of its groups; default: all."}
+    )
+    elastic_depth: bool = field(
+        default=False,
+        metadata={"help": "Train smaller depths beside the full one, so that the model may be run at them."},
+    )
     merge_after: str | None = field(
         default=None, metadata={"help": "Then merge the experts, save that model in `merged`, and score it too."}
     )
@@ -100,7 +109,7 @@ def check_training(
     if training_args.do_train and is_adapter(name):
         raise ValueError(f"'{name}' is a LoRA: fine-tune the model that it belongs to, or leave out `do_train`")
     if not training_args.do_train:
-        for argument in ("seeds", "learning_rates", "peft", "merge_after", "early_stopping_patience"):
+        for argument in ("seeds", "learning_rates", "peft", "elastic_depth", "merge_after", "early_stopping_patience"):
             if getattr(args, argument):
                 raise ValueError(f"`{argument}` is for training: give `do_train`, or leave it out")
     if args.merge_after is not None and getattr(config, "has_router", False):
@@ -157,8 +166,21 @@ def place_runs(runs: Sequence[TrainingArguments], root: str | Path) -> None:
 
 
 def load_config(args: FineTuningArguments, name: str) -> PreTrainedConfig:
-    """Configuration of a model, or of a LoRA that [`fine_tune`] wrote, with the weight of the balancing loss."""
+    """Configuration of a model, or of a LoRA that [`fine_tune`] wrote, with the depth and the weight of the balancing loss.
+
+    Raises:
+        ValueError: The model has no such depth, or no smaller ones to train.
+    """
     config = loading.load_config(name, args.trust_remote_code)
+    if args.num_hidden_layers is not None:
+        if config.model_type != "modernalbert":
+            raise ValueError(
+                f"`num_hidden_layers` is for a ModernALBERT, whose groups share weights; '{name}' is a {config.model_type}"
+            )
+        config.warn_of_depth(args.num_hidden_layers)
+        config = config.at_depth(args.num_hidden_layers)
+    if args.elastic_depth:
+        check_elastic(config)
     if args.router_aux_loss_coef is not None:
         if getattr(config, "has_router", False):
             config.router_aux_loss_coef = args.router_aux_loss_coef
@@ -210,7 +232,64 @@ def add_lora(model: PreTrainedModel, *args, **kwargs) -> PeftModel:
 
 
 class FineTuningTrainer(TrainerMixin, Trainer):
-    """Trainer of a model with the head of a task."""
+    """Trainer of a model with the head of a task.
+
+    Args:
+        elastic_depth: Whether each step runs a smaller depth as well, drawn for the step, which learns the outputs of
+            the full one: the KL divergence of the logits of each labelled item, of values the squared difference.
+        **kwargs: As for `Trainer`.
+    """
+
+    def __init__(self, *args, elastic_depth: bool = False, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.elastic_depth = elastic_depth
+
+    def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None, **kwargs):
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch, **kwargs)
+        if self.elastic_depth and self.model.training:
+            config = self.model.config
+            depth = draw_depth(config, self.args.seed, self.state.global_step)
+            features = {name: value for name, value in inputs.items() if name in ("input_ids", "attention_mask")}
+            smaller = model(**features, output_router_logits=self.routed, num_hidden_layers=depth)
+            labels = inputs.get("labels")
+            term = depth_loss(smaller, outputs, labels, num_items_in_batch, config.problem_type == "regression")
+            self.record("depth_loss", term)
+            if self.routed:
+                share = 1.0
+                if labels is not None and num_items_in_batch is not None:
+                    share = (labels != -100).sum() / num_items_in_batch
+                term = term + config.router_aux_loss_coef * share * smaller.aux_loss
+            averaged = num_items_in_batch is not None and self.args.average_tokens_across_devices
+            loss = loss + term * (self.accelerator.num_processes if averaged else 1)
+        return (loss, outputs) if return_outputs else loss
+
+
+def depth_loss(
+    smaller, full, labels: torch.Tensor | None, num_items: torch.Tensor | int | None, regression: bool
+) -> torch.Tensor:
+    """What the outputs of a smaller depth differ from those of the full one, which is not trained by it.
+
+    Args:
+        smaller: Outputs with `logits`, or with `start_logits` and `end_logits`.
+        full: The same of all layers.
+        labels: Of items of `logits`, -100 where there is none, `[batch]` or `[batch, seq]`; None: all rows count.
+        num_items: Labelled items of the whole batch of which this may be a part; None: those here.
+        regression: Whether `logits` are values.
+    """
+    items = []
+    for name in ("logits", "start_logits", "end_logits"):
+        if getattr(full, name, None) is None:
+            continue
+        found, wanted = getattr(smaller, name).float(), getattr(full, name).detach().float()
+        if regression:
+            items.append((found - wanted).square().mean(dim=-1))
+        else:
+            found, wanted = found.log_softmax(dim=-1), wanted.log_softmax(dim=-1)
+            items.append(F.kl_div(found, wanted, log_target=True, reduction="none").sum(dim=-1))
+    item = torch.stack(items).mean(dim=0)  # [batch] or [batch, seq]
+    counted = torch.ones_like(item) if labels is None else (labels != -100).to(item).view_as(item)
+    total = counted.sum().clamp(min=1) if num_items is None else num_items
+    return (item * counted).sum() / total
 
 
 def choose_metric(training_args: TrainingArguments, metrics: Sequence[str], task: str) -> None:

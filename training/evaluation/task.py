@@ -245,6 +245,7 @@ class TransformersTask(Task):
             train_dataset=self.features.get("train"),
             eval_dataset=self.features["validation"],
             compute_metrics=self.score_output if scored else None,
+            elastic_depth=self.setup.tuning.elastic_depth,
         )
 
     def score_output(self, output: Any) -> dict[str, float]:
