@@ -67,7 +67,10 @@ def correlate(model: SentenceTransformer, source: str) -> float:
     """Spearman's correlation of the cosines of pairs with their scores, in percent."""
     path, first, second, score = source.rsplit(":", 3)
     rows = read_rows(path)
-    pairs = [model.encode(list(rows[column]), batch_size=64, convert_to_tensor=True) for column in (first, second)]
+    pairs = [
+        model.encode(list(rows[column]), batch_size=64, convert_to_tensor=True, show_progress_bar=False)
+        for column in (first, second)
+    ]
     return 100 * spearmanr(pairwise_cos_sim(*pairs).numpy(), rows[score])[0]
 
 
@@ -111,7 +114,10 @@ def main(argv: list[str] | None = None) -> None:
         batches = {"one sentence": [SENTENCE], "32 sentences": [f"{n} {SENTENCE[: 20 + n]}" for n in range(32)]}
         times = {
             batch: interleave(
-                {name: lambda model=model, texts=texts: model.encode(texts) for name, model in models.items()},
+                {
+                    name: lambda model=model, texts=texts: model.encode(texts, show_progress_bar=False)
+                    for name, model in models.items()
+                },
                 args.repeats,
                 batch,
             )
