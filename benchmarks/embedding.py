@@ -7,8 +7,8 @@
 
 A column of `--pairs` is Spearman's correlation of the cosine with the scores, one of `--retrieval` nDCG@10 by
 `scripts/run_beir.py`, which keeps what it has scored; BM25 is beside it. Times are medians of interleaved turns in fp32, with
-tokenisation; `--onnx` adds the encoder of a ModernALBERT as onnxruntime runs it, in float32 and int8. Ratios are to the last
-model of `--models`. Output is Markdown, `embedding.json` has the figures.
+tokenisation; `--onnx` adds the encoder of a ModernALBERT as onnxruntime runs it, in float32 and int8, `--num_hidden_layers` the
+same weights at other depths. Ratios are to the last model of `--models`. Output is Markdown, `embedding.json` has the figures.
 """
 
 import tempfile
@@ -93,6 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--pairs", nargs="+", default=[], help="FILE:FIRST:SECOND:SCORE, columns of a file")
     parser.add_argument("--retrieval", nargs="+", default=[], help="sets in BEIR's format")
     parser.add_argument("--onnx", action="store_true", help="export the ModernALBERT models as well")
+    parser.add_argument("--num_hidden_layers", nargs="+", type=count, default=[], help="other depths to run at")
     parser.add_argument("--repeats", type=count, default=15, help="turns of the timing")
     parser.add_argument("--threads", type=count, default=torch.get_num_threads())
     parser.add_argument("--output_dir", type=Path, default=Path("runs/embedding"))
@@ -107,7 +108,12 @@ def main(argv: list[str] | None = None) -> None:
                 name, device="cpu", model_kwargs={"dtype": "float32"}
             )
             model.megabytes = sum(parameter.nbytes for parameter in model.parameters()) / 1e6
-            if args.onnx and model[0].auto_model.config.model_type == "modernalbert":
+            known = model[0].auto_model.config.model_type == "modernalbert"
+            for layers in args.num_hidden_layers if known else []:
+                shallow = SentenceTransformer(name, device="cpu", config_kwargs={"num_hidden_layers": layers})
+                shallow.megabytes = model.megabytes
+                models[f"{Path(name).name}, {layers} layers"] = shallow
+            if args.onnx and known:
                 folder = Path(scratch) / Path(name).name
                 folder.mkdir()
                 models |= in_onnx(name, folder)
