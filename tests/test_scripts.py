@@ -97,6 +97,10 @@ def test_a_signal_ends_a_script_with_its_code_after_cleaning_up(monkeypatch, tmp
             (tmp_path / "cleaned").touch()
 
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as ended:
-        run_script(main)
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in background jobs
+    try:
+        with pytest.raises(SystemExit) as ended:
+            run_script(main)
+    finally:
+        signal.signal(signal.SIGINT, ignored)
     assert ended.value.code == code and (tmp_path / "cleaned").exists() and signal.getsignal(signal.SIGTERM) == before
