@@ -248,7 +248,6 @@ class ModernAlbertConfig(PreTrainedConfig):
         if depth is None:
             return result
         config, *unused = result if isinstance(result, tuple) else (result,)
-        config.warn_of_depth(depth)
         config = config.at_depth(depth)
         return (config, *unused) if unused else config
 
@@ -339,6 +338,7 @@ class ModernAlbertConfig(PreTrainedConfig):
                 f"`num_hidden_layers` ({num_hidden_layers}) cannot be changed at load: the router has a bias for each of "
                 f"{self.layers_per_group} runs; load all, and pass `num_hidden_layers` to the forward pass"
             )
+        self.warn_of_depth(num_hidden_layers)
         config.num_hidden_layers, config.layer_types = num_hidden_layers, layer_types
         used = dict.fromkeys(layer_types)
         config.rope_parameters = {name: value for name, value in self.rope_parameters.items() if name in used}

@@ -140,30 +140,26 @@ def main(argv: list[str] | None = None) -> None:
             found = retrieve(name, dataset, args.output_dir / Path(name).name / Path(dataset).name)
             scores[Path(name).name][Path(dataset).name] = found["model"]
             baselines[Path(dataset).name] = found["BM25"]
-    scores["BM25"] = baselines
-    header = ["", "parameters", "MB", *columns, *(Path(dataset).name for dataset in args.retrieval)]
-    header += [part for batch in batches for part in (f"{batch} (ms)", "ratio")]
+    if baselines:
+        scores["BM25"] = baselines
+    sets = [*columns, *(Path(dataset).name for dataset in args.retrieval)]
+    header = ["", "parameters", "MB", *sets, *(part for batch in batches for part in (f"{batch} (ms)", "ratio"))]
     reference = Path(args.models[-1]).name
     rows, figures = [], {"machine": describe_machine(), "models": {}}
-    for name, model in [*models.items(), *([("BM25", None)] if baselines else [])]:
-        figures["models"][name] = {"scores": scores[name]}
-        row = [name, "", ""]
-        if model is not None:
-            parameters = sum(parameter.numel() for parameter in model.parameters())
-            row[1:] = [f"{parameters / 1e6:.1f}M", f"{model.megabytes:.1f}"]
-            figures["models"][name] |= {"parameters": parameters, "megabytes": model.megabytes}
-        row += [
-            f"{scores[name][column]:.1f}" if column in scores[name] else ""
-            for column in header[3:]
-            if column != "ratio"
-        ][: len(columns) + len(args.retrieval)]
+    for name, found in scores.items():
+        shown = [f"{found[column]:.1f}" if column in found else "" for column in sets]
+        facts = figures["models"][name] = {"scores": found}
+        if name not in models:  # BM25
+            rows.append([name, "", "", *shown, *[""] * 2 * len(batches)])
+            continue
+        parameters = sum(parameter.numel() for parameter in models[name].parameters())
+        facts |= {"parameters": parameters, "megabytes": models[name].megabytes}
+        row = [name, f"{parameters / 1e6:.1f}M", f"{models[name].megabytes:.1f}", *shown]
         for batch in batches:
-            if model is None:
-                row += ["", ""]
-                continue
+            milliseconds = 1e3 * median(times[batch][name])
             relative = ratio(times[batch][name], times[batch][reference])
-            row += [f"{1e3 * median(times[batch][name]):.1f}", f"{relative:.2f}"]
-            figures["models"][name][batch] = {"milliseconds": 1e3 * median(times[batch][name]), "ratio": relative}
+            facts[batch] = {"milliseconds": milliseconds, "ratio": relative}
+            row += [f"{milliseconds:.1f}", f"{relative:.2f}"]
         rows.append(row)
     print(format_table(header, rows, numbers=True))
     print(f"\n{figures['machine']['device']}, torch {figures['machine']['torch']}")

@@ -5,7 +5,8 @@
 
 The folder holds `model.onnx`, configuration and tokenizer. Batch and length are free; inputs are `input_ids` and
 `attention_mask`, outputs those of the head. The folder appears only after onnxruntime has run the model with the same outputs as
-PyTorch. `--num_hidden_layers` exports the model at another depth. `--quantize` adds `model_int8.onnx`, for CPUs, and reports how far it is from the model.
+PyTorch. `--num_hidden_layers` exports the model at another depth. `--quantize` adds `model_int8.onnx`, for CPUs, and reports
+how far it is from the model.
 """
 
 import json

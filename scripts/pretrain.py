@@ -53,7 +53,7 @@ from modernalbert.training.export.cards import PretrainingFacts, environment, wr
 from modernalbert.training.export.embedder import read_projection, write_embedder
 from modernalbert.training.export.redaction import redact
 from modernalbert.training.initialization import add_experts, has_experts
-from modernalbert.training.loading import check_folder, check_size, load_config, load_model
+from modernalbert.training.loading import check_folder, check_size, is_sentence_transformer, load_config, load_model
 from modernalbert.training.loading import load_tokenizer as load_any_tokenizer
 from modernalbert.training.packing import PackedCollator, TokenMasker, mask_rows, pack_texts
 from modernalbert.training.pretraining import PretrainingTrainer
@@ -197,8 +197,8 @@ def build_model(args: PretrainingArguments, tokenizer: PreTrainedTokenizerBase) 
             model takes.
     """
     if args.preset is None:
-        known = load_config(args.model_name_or_path or args.config_name)
-        known = {*known.to_dict(), *known.attribute_map}
+        saved = load_config(args.model_name_or_path or args.config_name)
+        known = {*saved.to_dict(), *saved.attribute_map}
     else:
         known = {field.name for field in fields(ModernAlbertConfig)}
     shared = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
@@ -223,7 +223,6 @@ def build_model(args: PretrainingArguments, tokenizer: PreTrainedTokenizerBase) 
             f"the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}; is it the model's own?"
         )
     if args.model_name_or_path is not None:
-        saved = load_config(args.model_name_or_path)
         adds = config.model_type == "modernalbert" and has_experts(config) and not has_experts(saved)
         model, new = load_model(AutoModelForMaskedLM, args.model_name_or_path, saved if adds else config, **shared)
         if new:
@@ -266,8 +265,8 @@ def load_teacher(
             "which characters a token stands for, so that its tokens cannot be compared with the student's"
         )
     same = same_tokenizer(tokenizer, teacher_tokenizer)
-    is_sentence_transformer = (Path(args.teacher) / "modules.json").is_file()
-    if same and not is_sentence_transformer and load_config(args.teacher).model_type in ("modernbert", "modernalbert"):
+    plain = same and not is_sentence_transformer(args.teacher)
+    if plain and load_config(args.teacher).model_type in ("modernbert", "modernalbert"):
         teacher, new = load_model(AutoModelForMaskedLM, args.teacher, dtype=dtype)
         if not new:
             distiller = Distiller(teacher, model, args.temperature, args.hidden_loss)

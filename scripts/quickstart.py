@@ -69,18 +69,17 @@ print(json.dumps([answer["label"] for answer in judge(json.loads(sys.argv[2]))])
 MARK = ".quickstart"  # lies in a folder that this script made
 
 
+OUTPUT_DIR = {"help": "Folder that receives everything; new, or of an earlier run of this script, which is removed."}
+SEED = {"help": "Seed of everything random."}
+
+
 @dataclass
 class QuickstartArguments:
     """Where to, and how much."""
 
-    output_dir: str = field(
-        default="runs/quickstart",
-        metadata={
-            "help": "Folder that receives everything; new, or of an earlier run of this script, which is removed."
-        },
-    )
+    output_dir: str = field(default="runs/quickstart", metadata=OUTPUT_DIR)
     rows: Count = field(default=100, metadata={"help": "Docstrings of each class to fine-tune on."})
-    seed: Seed = field(default=0, metadata={"help": "Seed of everything random."})
+    seed: Seed = field(default=0, metadata=SEED)
 
 
 def read_docstrings() -> Iterator[tuple[str, str]]:

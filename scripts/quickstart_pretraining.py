@@ -22,7 +22,7 @@ import merge_experts
 import pretrain
 import train_tokenizer
 import transformers
-from quickstart import make_folder, read_docstrings, read_topics, split_paragraphs, write_rows
+from quickstart import OUTPUT_DIR, SEED, make_folder, read_docstrings, read_topics, split_paragraphs, write_rows
 from rich.console import Console
 from rich.table import Table
 
@@ -51,14 +51,9 @@ print(json.dumps([[[g["token_str"], g["score"]] for g in fill(s, top_k=3)] for s
 class PretrainingQuickstartArguments:
     """Where to, and how much."""
 
-    output_dir: str = field(
-        default="runs/quickstart-pretraining",
-        metadata={
-            "help": "Folder that receives everything; new, or of an earlier run of this script, which is removed."
-        },
-    )
+    output_dir: str = field(default="runs/quickstart-pretraining", metadata=OUTPUT_DIR)
     max_steps: Count = field(default=360, metadata={"help": "Pretraining steps of 1024 tokens."})
-    seed: Seed = field(default=0, metadata={"help": "Seed of everything random."})
+    seed: Seed = field(default=0, metadata=SEED)
 
 
 def write_data(folder: Path, seed: int) -> dict[str, str]:

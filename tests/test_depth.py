@@ -14,10 +14,9 @@ from transformers import AutoModel, AutoTokenizer, TrainingArguments
 import modernalbert
 from modernalbert import ModernAlbertConfig, ModernAlbertForMaskedLM, ModernAlbertModel
 from modernalbert.tokenization import padded_vocab_size, save_tokenizer, train_tokenizer
-from modernalbert.training.finetuning import depth_loss
 from modernalbert.training.packing import PackedCollator, TokenMasker
 from modernalbert.training.pretraining import PretrainingTrainer
-from modernalbert.training.trainer import draw_depth
+from modernalbert.training.trainer import depth_loss, draw_depth
 
 
 IDS = torch.randint(5, 60, (2, 9), generator=torch.Generator().manual_seed(0))

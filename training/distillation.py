@@ -14,7 +14,7 @@ from transformers import AutoModel, PreTrainedModel
 
 from .alignment import NO_WORD
 from .initialization import teacher_segments
-from .loading import load_model
+from .loading import is_sentence_transformer, load_model
 from .runs import describe_model
 from .teacher_cache import StateCache
 
@@ -147,7 +147,7 @@ class Teacher(nn.Module):
     def __init__(self, name: str, dtype: str = "auto", cache: str | Path | None = None, cache_bytes: int = 20 * 10**9):
         super().__init__()
         self.sentence_modules = nn.ModuleList()
-        if (Path(name) / "modules.json").is_file():
+        if is_sentence_transformer(name):
             try:
                 from sentence_transformers import SentenceTransformer
             except ImportError as error:

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-import torch
-import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
@@ -32,7 +30,7 @@ from .export.cards import MERGED_NAME
 from .loading import is_adapter
 from .packing import collate_batches
 from .runs import bytes_of_run, check_output_dir, write_files
-from .trainer import TrainerMixin, check_elastic, draw_depth, train_to_the_end
+from .trainer import TrainerMixin, check_elastic, depth_loss, draw_depth, labelled_share, train_to_the_end
 
 
 logger = logging.getLogger(__name__)
@@ -177,7 +175,6 @@ def load_config(args: FineTuningArguments, name: str) -> PreTrainedConfig:
             raise ValueError(
                 f"`num_hidden_layers` is for a ModernALBERT, whose groups share weights; '{name}' is a {config.model_type}"
             )
-        config.warn_of_depth(args.num_hidden_layers)
         config = config.at_depth(args.num_hidden_layers)
     if args.elastic_depth:
         check_elastic(config)
@@ -255,41 +252,10 @@ class FineTuningTrainer(TrainerMixin, Trainer):
             term = depth_loss(smaller, outputs, labels, num_items_in_batch, config.problem_type == "regression")
             self.record("depth_loss", term)
             if self.routed:
-                share = 1.0
-                if labels is not None and num_items_in_batch is not None:
-                    share = (labels != -100).sum() / num_items_in_batch
+                share = labelled_share(labels, num_items_in_batch)
                 term = term + config.router_aux_loss_coef * share * smaller.aux_loss
-            averaged = num_items_in_batch is not None and self.args.average_tokens_across_devices
-            loss = loss + term * (self.accelerator.num_processes if averaged else 1)
+            loss = loss + self.loss_scale(num_items_in_batch) * term
         return (loss, outputs) if return_outputs else loss
-
-
-def depth_loss(
-    smaller, full, labels: torch.Tensor | None, num_items: torch.Tensor | int | None, regression: bool
-) -> torch.Tensor:
-    """What the outputs of a smaller depth differ from those of the full one, which is not trained by it.
-
-    Args:
-        smaller: Outputs with `logits`, or with `start_logits` and `end_logits`.
-        full: The same of all layers.
-        labels: Of items of `logits`, -100 where there is none, `[batch]` or `[batch, seq]`; None: all rows count.
-        num_items: Labelled items of the whole batch of which this may be a part; None: those here.
-        regression: Whether `logits` are values.
-    """
-    items = []
-    for name in ("logits", "start_logits", "end_logits"):
-        if getattr(full, name, None) is None:
-            continue
-        found, wanted = getattr(smaller, name).float(), getattr(full, name).detach().float()
-        if regression:
-            items.append((found - wanted).square().mean(dim=-1))
-        else:
-            found, wanted = found.log_softmax(dim=-1), wanted.log_softmax(dim=-1)
-            items.append(F.kl_div(found, wanted, log_target=True, reduction="none").sum(dim=-1))
-    item = torch.stack(items).mean(dim=0)  # [batch] or [batch, seq]
-    counted = torch.ones_like(item) if labels is None else (labels != -100).to(item).view_as(item)
-    total = counted.sum().clamp(min=1) if num_items is None else num_items
-    return (item * counted).sum() / total
 
 
 def choose_metric(training_args: TrainingArguments, metrics: Sequence[str], task: str) -> None:

@@ -34,6 +34,11 @@ def is_adapter(name: str | Path) -> bool:
     return (Path(name) / ADAPTER_NAME).is_file()
 
 
+def is_sentence_transformer(name: str | Path) -> bool:
+    """Whether a folder holds the modules of a SentenceTransformer."""
+    return (Path(name) / "modules.json").is_file()
+
+
 def base_of(name: str | Path) -> str:
     """Hub name or folder of the base model of a LoRA; a model is its own base."""
     return PeftConfig.from_pretrained(name).base_model_name_or_path if is_adapter(name) else str(name)

@@ -12,7 +12,7 @@ from transformers import Trainer
 from .callbacks import StepClock
 from .distillation import Distiller, EncoderDistiller, packed_inputs
 from .packing import TokenMasker
-from .trainer import TrainerMixin, check_elastic, draw_depth
+from .trainer import TrainerMixin, check_elastic, depth_loss, draw_depth
 
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "labels")
@@ -178,8 +178,7 @@ class PretrainingTrainer(TrainerMixin, Trainer):
         real = inputs["attention_mask"].bool()
         states, expected = (outputs.hidden_states[-1][real].float() for outputs in (smaller, full))
         loss = (1 - F.cosine_similarity(states, expected.detach(), dim=-1)).sum() / self.tokens_in_batch
-        found, wanted = (F.log_softmax(outputs.logits.float(), dim=-1) for outputs in (smaller, full))
-        return loss + F.kl_div(found, wanted.detach(), log_target=True, reduction="sum") / num_items
+        return loss + depth_loss(smaller, full, None, num_items, regression=False)
 
     @property
     def evaluates_teacher_terms(self) -> bool:

@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from transformers import PreTrainedConfig, ProgressCallback, Trainer
 
 from ..configuration_modernalbert import ModernAlbertConfig
@@ -69,6 +70,39 @@ def check_elastic(config: PreTrainedConfig) -> None:
     config.elastic_depth = True
 
 
+def depth_loss(
+    smaller, full, labels: torch.Tensor | None, num_items: torch.Tensor | int | None, regression: bool
+) -> torch.Tensor:
+    """What the outputs of a smaller depth differ from those of the full one, which is not trained by it.
+
+    Args:
+        smaller: Outputs with `logits`, or with `start_logits` and `end_logits`.
+        full: The same of all layers.
+        labels: Of items of `logits`, -100 where there is none, `[batch]` or `[batch, seq]`; None: all rows count.
+        num_items: Labelled items of the whole batch of which this may be a part; None: those here.
+        regression: Whether `logits` are values.
+    """
+    items = []
+    for name in ("logits", "start_logits", "end_logits"):
+        if getattr(full, name, None) is None:
+            continue
+        found, wanted = getattr(smaller, name).float(), getattr(full, name).detach().float()
+        if regression:
+            items.append((found - wanted).square().mean(dim=-1))
+        else:
+            found, wanted = found.log_softmax(dim=-1), wanted.log_softmax(dim=-1)
+            items.append(F.kl_div(found, wanted, log_target=True, reduction="none").sum(dim=-1))
+    item = torch.stack(items).mean(dim=0)  # [batch] or [batch, seq]
+    counted = torch.ones_like(item) if labels is None else (labels != -100).to(item).view_as(item)
+    total = counted.sum().clamp(min=1) if num_items is None else num_items
+    return (item * counted).sum() / total
+
+
+def labelled_share(labels: torch.Tensor | None, num_items: torch.Tensor | int | None) -> torch.Tensor | float:
+    """Share of the labelled items of a batch that a part of it holds; 1 where Trainer does not count them."""
+    return 1.0 if labels is None or num_items is None else (labels != -100).sum() / num_items
+
+
 class TrainerMixin:
     """For any Trainer, sentence-transformers' included: stops at numbers that are not finite, and logs routing.
 
@@ -93,16 +127,19 @@ class TrainerMixin:
             model, {**inputs, **asked}, return_outputs=True, num_items_in_batch=num_items_in_batch, **kwargs
         )
         if asked:
-            share, labels = 1.0, inputs.get("labels")
-            if labels is not None and num_items_in_batch is not None:
-                share = (labels != -100).sum() / num_items_in_batch
+            labels = inputs.get("labels")
+            share = labelled_share(labels, num_items_in_batch)
             self.record("aux_loss", outputs["aux_loss"], share)
             self.record_routing(outputs["router_logits"], inputs.get("attention_mask"))
             if labels is not None and self.args.label_smoothing_factor > 0:  # Trainer took them away from the model
-                averaged = num_items_in_batch is not None and self.args.average_tokens_across_devices
-                scale = share * (self.accelerator.num_processes if averaged else 1)  # as that of the other terms
+                scale = share * self.loss_scale(num_items_in_batch)
                 loss = loss + self.model.config.router_aux_loss_coef * scale * outputs["aux_loss"]
         return (loss, outputs) if return_outputs else loss
+
+    def loss_scale(self, num_items: torch.Tensor | int | None) -> int:
+        """What Trainer multiplies its loss by, and what a term beside it must be, since gradients are averaged."""
+        averaged = num_items is not None and self.args.average_tokens_across_devices
+        return self.accelerator.num_processes if averaged else 1
 
     def record_routing(self, router_logits: tuple[torch.Tensor, ...], attention_mask: torch.Tensor | None) -> None:
         """Adds a micro-batch's routing, weighted by its real tokens, to the means of the next log."""

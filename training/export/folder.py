@@ -24,7 +24,7 @@ from ... import modeling_modernalbert as modeling
 from ...configuration_modernalbert import ModernAlbertConfig
 from ...tokenization import save_tokenizer
 from ..loading import is_adapter, load_config, load_model, load_tokenizer
-from ..runs import set_permissions
+from ..runs import read_json, set_permissions, write_json
 from .redaction import find_private, read_text
 
 
@@ -259,17 +259,38 @@ def check_export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fol
     Raises:
         RuntimeError: The folder does not load, or its outputs differ or are not finite.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        output = Path(scratch) / "output.safetensors"
-        run_fresh(RELOAD, str(folder), SENTENCE, str(output))
-        found = load_file(output)["output"]
     model.eval()
     with torch.no_grad():
         expected = model(**tokenizer(SENTENCE, return_tensors="pt"))[0].float()
+    compare_fresh(RELOAD, folder, expected)
+
+
+def compare_fresh(code: str, folder: Path, expected: torch.Tensor) -> None:
+    """Compares outputs of a model with those of its folder in a process without the package.
+
+    Args:
+        code: What that process runs, with the folder, `SENTENCE` and the file for its `output` as arguments.
+        folder: Folder of the model.
+        expected: The model's outputs.
+
+    Raises:
+        RuntimeError: The folder does not load, or outputs differ or are not finite.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        output = Path(scratch) / "output.safetensors"
+        run_fresh(code, str(folder), SENTENCE, str(output))
+        found = load_file(output)["output"]
     if not expected.isfinite().all():
         raise RuntimeError("the model's outputs are not finite; it was not exported")
     if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-3, atol=1e-3):
         raise RuntimeError("the exported folder loads in a fresh process, but gives other outputs")
+
+
+def drop_auto_map(folder: Path) -> None:
+    """Lets a folder's configuration name no code of its own."""
+    config = read_json(folder / "config.json")
+    config.pop("auto_map", None)
+    write_json(folder / "config.json", config, indent=2)
 
 
 # Files of a model repository; pickles are not among them.

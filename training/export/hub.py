@@ -1,16 +1,13 @@
 """A model or a SentenceTransformer as a folder for the Hub, its weights stored in half precision if wanted."""
 
-import json
-import tempfile
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig
 
-from ..loading import check_folder
-from .folder import SENTENCE, check_finite, check_writable, draft_folder, load_exportable, run_fresh, write_model
+from ..loading import is_sentence_transformer, load_config
+from .folder import SENTENCE, check_finite, compare_fresh, draft_folder, drop_auto_map, load_exportable, write_model
 
 
 # Loads a SentenceTransformer as its users do, without the `modernalbert` package.
@@ -22,11 +19,6 @@ folder, sentence, output = sys.argv[1:]
 model = SentenceTransformer(folder, device="cpu", trust_remote_code=True)
 save_file({"output": torch.from_numpy(model.encode([sentence, sentence + " " + sentence]))}, output)
 """
-
-
-def is_sentence_transformer(name: str | Path) -> bool:
-    """Whether a folder holds the modules of a SentenceTransformer."""
-    return (Path(name) / "modules.json").is_file()
 
 
 def export_to_hub(name: str | Path, folder: str | Path, dtype: torch.dtype | None = None, code: bool = True) -> Path:
@@ -49,7 +41,6 @@ def export_to_hub(name: str | Path, folder: str | Path, dtype: torch.dtype | Non
         RuntimeError: The other process could not load it, or got other outputs; nothing is left behind.
         ValueError: The model is no ModernALBERT, or a weight does not fit the dtype.
     """
-    check_writable(Path(folder))
     with draft_folder(folder) as draft:
         if is_sentence_transformer(name):
             write_sentence_transformer(name, draft, dtype)
@@ -60,7 +51,9 @@ def export_to_hub(name: str | Path, folder: str | Path, dtype: torch.dtype | Non
             write_model(model, tokenizer, draft)
         store_weights(draft, dtype)
         if not code:
-            remove_code(draft)
+            for path in draft.glob("*_modernalbert.py"):
+                path.unlink()
+            drop_auto_map(draft)
         card = Path(name) / "README.md"
         if card.is_file():
             (draft / card.name).write_bytes(card.read_bytes())
@@ -76,8 +69,7 @@ def write_sentence_transformer(name: str | Path, folder: Path, dtype: torch.dtyp
     """
     from sentence_transformers import SentenceTransformer
 
-    check_folder(name)
-    kind = AutoConfig.from_pretrained(name).model_type
+    kind = load_config(name).model_type
     if kind != "modernalbert":
         raise ValueError(f"the encoder of '{name}' is a {kind}, expected a ModernALBERT")
     options = {"dtype": "float32", "use_safetensors": True}
@@ -85,13 +77,8 @@ def write_sentence_transformer(name: str | Path, folder: Path, dtype: torch.dtyp
     round_weights(model, dtype)
     check_finite(model, str(name))
     model.save_pretrained(str(folder), create_model_card=False)
-    with tempfile.TemporaryDirectory() as scratch:
-        output = Path(scratch) / "output.safetensors"
-        run_fresh(RELOAD, str(folder), SENTENCE, str(output))
-        found = load_file(output)["output"]
-    expected = torch.from_numpy(model.encode([SENTENCE, f"{SENTENCE} {SENTENCE}"]))
-    if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-3, atol=1e-3):
-        raise RuntimeError("the exported folder loads in a fresh process, but gives other vectors")
+    vectors = model.encode([SENTENCE, f"{SENTENCE} {SENTENCE}"], convert_to_tensor=True)
+    compare_fresh(RELOAD, folder, vectors)
 
 
 @torch.no_grad()
@@ -117,13 +104,3 @@ def store_weights(folder: Path, dtype: torch.dtype | None) -> None:
     for path in folder.rglob("*.safetensors"):
         tensors = load_file(path)
         save_file({name: tensor.to(dtype) for name, tensor in tensors.items()}, path, {"format": "pt"})
-
-
-def remove_code(folder: Path) -> None:
-    """Removes the model's code, and what points to it."""
-    for path in folder.glob("*_modernalbert.py"):
-        path.unlink()
-    path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config.pop("auto_map", None)
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

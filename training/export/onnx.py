@@ -1,6 +1,5 @@
 """Export to ONNX with configuration and tokenizer: compared with PyTorch in onnxruntime, written atomically."""
 
-import json
 import tempfile
 import warnings
 from pathlib import Path
@@ -13,8 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...configuration_modernalbert import ModernAlbertConfig
 from ...tokenization import save_tokenizer
-from ..runs import write_json
-from .folder import draft_folder, fit_tokenizer
+from .folder import draft_folder, drop_auto_map, fit_tokenizer
 
 
 try:
@@ -91,9 +89,7 @@ def export_onnx(
             differences["model_int8.onnx"] = compare(model, draft / "model_int8.onnx")
         model.config.save_pretrained(draft)
         # The folder has no model code, which `auto_map` would make AutoTokenizer look for.
-        settings = json.loads((draft / "config.json").read_text(encoding="utf-8"))
-        settings.pop("auto_map", None)
-        write_json(draft / "config.json", settings)
+        drop_auto_map(draft)
         save_tokenizer(fit_tokenizer(tokenizer, model.config), draft)
     return differences
 
