@@ -38,7 +38,8 @@ class HubArguments:
     )
     output_dir: str = field(metadata={"help": "Folder to write; must not exist, or be empty."})
     dtype: str | None = field(
-        default=None, metadata={"help": f"What weights are stored in: {', '.join(DTYPES)}; default: what they are in."}
+        default=None,
+        metadata={"help": f"What weights are stored in: {', '.join(DTYPES)}; default: what a folder's are in."},
     )
     code: bool = field(default=True, metadata={"help": "Write the model's code into the folder."})
     push_to_hub: str | None = field(default=None, metadata={"help": "Repository to upload the folder to."})

@@ -38,6 +38,8 @@ def test_a_checkpoint_becomes_a_folder_for_the_hub(folder, tmp_path):
         pytest.importorskip("sentence_transformers", reason="needs sentence-transformers")
     export_to_hub(folder, tmp_path / "hub")  # loads it in a process without the package
     assert (tmp_path / "hub" / "modeling_modernalbert.py").exists()
+    sizes = [sum(path.stat().st_size for path in f.rglob("*.safetensors")) for f in (folder, tmp_path / "hub")]
+    assert sizes[1] <= 1.01 * sizes[0]  # in the precision that the checkpoint is stored in
     assert (tmp_path / "hub" / "README.md").read_text() == (folder / "README.md").read_text()
 
 

@@ -1,12 +1,13 @@
 """A model or a SentenceTransformer as a folder for the Hub, its weights stored in half precision if wanted."""
 
+from collections import Counter
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..loading import is_sentence_transformer, load_config
+from ..loading import check_folder, is_sentence_transformer, load_config
 from .folder import SENTENCE, check_finite, compare_fresh, draft_folder, drop_auto_map, load_exportable, write_model
 
 
@@ -29,8 +30,8 @@ def export_to_hub(name: str | Path, folder: str | Path, dtype: torch.dtype | Non
     Args:
         name: Hub name or folder of a ModernALBERT, or folder of a SentenceTransformer with one.
         folder: Folder to write; must not exist, or be empty.
-        dtype: What weights are stored in; default: what they are in. Half precision is for the size of the files: the
-            configuration says float32, which models are loaded in.
+        dtype: What weights are stored in; default: what most of a folder's are in, and float32 for a model of the Hub.
+            Half precision is for the size of the files: the configuration says float32, which models are loaded in.
         code: Whether the model's code is written. Without it the folder needs the package to load.
 
     Returns:
@@ -41,6 +42,7 @@ def export_to_hub(name: str | Path, folder: str | Path, dtype: torch.dtype | Non
         RuntimeError: The other process could not load it, or got other outputs; nothing is left behind.
         ValueError: The model is no ModernALBERT, or a weight does not fit the dtype.
     """
+    dtype = dtype or stored_dtype(name)
     with draft_folder(folder) as draft:
         if is_sentence_transformer(name):
             write_sentence_transformer(name, draft, dtype)
@@ -79,6 +81,16 @@ def write_sentence_transformer(name: str | Path, folder: Path, dtype: torch.dtyp
     model.save_pretrained(str(folder), create_model_card=False)
     vectors = model.encode([SENTENCE, f"{SENTENCE} {SENTENCE}"], convert_to_tensor=True)
     compare_fresh(RELOAD, folder, vectors)
+
+
+def stored_dtype(folder: str | Path) -> torch.dtype | None:
+    """What most numbers in the weights of a folder are stored in; None where there are none."""
+    check_folder(folder)
+    counts = Counter()
+    for path in Path(folder).glob("*.safetensors"):
+        for tensor in load_file(path).values():
+            counts[tensor.dtype] += tensor.numel()
+    return max(counts, key=counts.get, default=None)
 
 
 @torch.no_grad()
