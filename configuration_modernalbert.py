@@ -106,7 +106,8 @@ class ModernAlbertConfig(PreTrainedConfig):
             nothing is shared.
         ffn_modulation (`str`): What the feed-forward layer of `mol_groups` is. `"mol"`: Mixture of LoRAs, the paper's.
             `"moa"`: mixture of bottleneck adapters behind the layer. `"depth_lora"`: a LoRA for every depth, no router
-            (Relaxed Recursive Transformers). `"none"`: plain (ALBERT).
+            (Relaxed Recursive Transformers). `"none"`: plain (ALBERT). `"per_depth"`: a plain layer for every depth, what
+            `merge_experts(per_depth=True)` makes.
         mol_groups (`list[int]`): Groups, from 0, whose feed-forward layer `ffn_modulation` names. Default: the last
             two (the only one where there is one).
         mol_intermediate_size (`int`): Feed-forward width in `mol_groups`; wider than `intermediate_size` in the
@@ -172,7 +173,7 @@ class ModernAlbertConfig(PreTrainedConfig):
     elastic_depth: bool = False
 
     # Mixture of LoRAs, or its alternatives
-    ffn_modulation: Literal["mol", "moa", "depth_lora", "none"] = "mol"
+    ffn_modulation: Literal["mol", "moa", "depth_lora", "none", "per_depth"] = "mol"
     mol_groups: list[int] | None = None
     mol_intermediate_size: int | None = None
     num_experts: int = 8
@@ -361,10 +362,11 @@ class ModernAlbertConfig(PreTrainedConfig):
                 f"`num_hidden_layers` ({num_hidden_layers}) must be a multiple of the {groups} groups of the model, each "
                 f"of which runs equally often: {groups}, {2 * groups}, ..."
             )
-        if self.modulation == "depth_lora" and self.mol_groups:
+        if self.modulation in ("depth_lora", "per_depth") and self.mol_groups:
+            own = "LoRA" if self.modulation == "depth_lora" else "feed-forward layer"
             raise ValueError(
                 f"`num_hidden_layers` ({num_hidden_layers}) must be {self.num_hidden_layers}: every run of a group has a "
-                "LoRA of its own"
+                f"{own} of its own"
             )
         if self.has_router and self.router_type == "depth" and num_hidden_layers > self.num_hidden_layers:
             raise ValueError(
@@ -410,9 +412,13 @@ class ModernAlbertConfig(PreTrainedConfig):
             width = self.mol_intermediate_size if group in self.mol_groups else self.intermediate_size
             groups += 4 * hidden**2 + 3 * hidden * width + 2 * hidden
             if group in self.mol_groups:
-                correction = {"none": 0, "moa": 2 * hidden}.get(self.modulation, 2 * hidden + 3 * width)
-                count = self.layers_per_group if self.modulation == "depth_lora" else self.num_experts
-                groups += count * rank * correction
+                if self.modulation in ("mol", "depth_lora"):
+                    count = self.layers_per_group if self.modulation == "depth_lora" else self.num_experts
+                    groups += count * rank * (2 * hidden + 3 * width)
+                elif self.modulation == "moa":
+                    groups += self.num_experts * rank * 2 * hidden
+                elif self.modulation == "per_depth":
+                    groups += (self.layers_per_group - 1) * 3 * hidden * width
                 if self.has_router:
                     biases = self.layers_per_group if self.router_type == "depth" else 0
                     groups += self.num_experts * (hidden + biases)
@@ -513,7 +519,7 @@ class ModernAlbertConfig(PreTrainedConfig):
             )
         if self.num_experts < 0:
             raise ValueError(f"`num_experts` ({self.num_experts}) must be at least 0")
-        if self.modulation != "none" and not 1 <= self.expert_rank <= self.largest_rank:
+        if self.modulation not in ("none", "per_depth") and not 1 <= self.expert_rank <= self.largest_rank:
             raise ValueError(
                 f"`expert_rank` ({self.expert_rank}) must be from 1 to {self.largest_rank}, the narrowest side of the "
                 "projections that it corrects"

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .configuration_modernalbert import ModernAlbertConfig
-from .mixture_modernalbert import ModernAlbertMLP, ModernAlbertMoL
+from .mixture_modernalbert import ModernAlbertDepthMLP, ModernAlbertMLP, ModernAlbertMoL
 
 
 def average(A: torch.Tensor, B: torch.Tensor, weights: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -227,12 +227,16 @@ def merge_router(mixture: ModernAlbertMoL, states: torch.Tensor, groups: list[li
 
 def collect_states(
     model: nn.Module, mixtures: Sequence[ModernAlbertMoL], batches: Iterable[dict]
-) -> list[torch.Tensor]:
-    """Inputs of MoL layers over all their runs, `[tokens, H]` each, on batches of the encoder's inputs."""
-    collected = [[] for _ in mixtures]
+) -> list[list[torch.Tensor]]:
+    """Inputs of MoL layers, `[tokens, H]` for each layer and depth, on batches of the encoder's inputs."""
+    collected = [[[] for _ in range(model.config.layers_per_group)] for _ in mixtures]
 
     def keep(index):
-        return lambda module, inputs: collected[index].append(inputs[0].flatten(0, -2))
+        def hook(module, inputs):
+            states, depth, *_ = inputs
+            collected[index][depth].append(states.flatten(0, -2))
+
+        return hook
 
     handles = [mixture.register_forward_pre_hook(keep(index)) for index, mixture in enumerate(mixtures)]
     modes = {module: module.training for module in model.modules()}
@@ -247,9 +251,9 @@ def collect_states(
             handle.remove()
         for module, mode in modes.items():
             module.training = mode
-    if not collected[0]:
+    if not collected[0][0]:
         raise ValueError("`batches` is empty: give the method some text")
-    return [torch.cat(states) for states in collected]
+    return [[torch.cat(states) for states in depths] for depths in collected]
 
 
 def check_mergeable(config: ModernAlbertConfig, text: bool) -> None:
@@ -278,6 +282,7 @@ def check_arguments(
     batches: Iterable[dict] | None,
     rank: int | None,
     num_experts: int | None,
+    per_depth: bool,
 ) -> None:
     """Refuses arguments that do not fit the model or each other.
 
@@ -306,6 +311,11 @@ def check_arguments(
         for row in weights:
             if not all(math.isfinite(weight) and weight >= 0 for weight in row) or sum(row) == 0:
                 raise ValueError(f"`weights` must be finite and at least 0, and not all 0 in a group; got {list(row)}")
+    if per_depth and (source != "text" or method == "cluster" or not fold or config.num_experts == 1):
+        raise ValueError(
+            "`per_depth` folds what the router does at each depth: it goes with the methods 'frequency' and "
+            f"'regression', `fold` and a router; got method {method!r}, `fold` {fold} and {config.num_experts} experts"
+        )
     if rank is not None and rank < 1:
         raise ValueError(f"`rank` must be at least 1, got {rank}")
     joined = config.num_experts * config.expert_rank
@@ -333,10 +343,11 @@ def merge_experts(
     batches: Iterable[dict] | None,
     rank: int | None,
     num_experts: int | None,
+    per_depth: bool,
 ) -> None:
     """Merges the experts of every MoL layer of a model in place; see `ModernAlbertPreTrainedModel.merge_experts`."""
     config = model.config
-    check_arguments(config, method, fold, weights, batches, rank, num_experts)
+    check_arguments(config, method, fold, weights, batches, rank, num_experts, per_depth)
     blocks = [block for block in model.modules() if isinstance(getattr(block, "mlp", None), ModernAlbertMoL)]
     if config.num_experts == 1 and method != "drop":  # a merged adapter, to be folded
         method, batches = "uniform", None
@@ -352,9 +363,15 @@ def merge_experts(
         upcast = torch.promote_types(block.mlp.Wi.weight.dtype, torch.float32)
         mixture = copy.deepcopy(block.mlp).eval().to(upcast)
         given = None if weights is None else torch.tensor(weights[index], dtype=upcast)
-        own = None if states[index] is None else states[index].to(upcast)
+        own = None
+        if states[index] is not None:
+            depths = [part.to(upcast) for part in states[index]]
+            own = torch.cat(depths)
         if method == "cluster":
             reduce_experts(block.mlp, mixture, own, num_experts)
+        elif per_depth:
+            adapters = [merge_layer(mixture, method, part, given, rank) for part in depths]
+            block.mlp = fold_by_depth(config, block.mlp, adapters)
         else:
             adapter = merge_layer(mixture, method, own, given, rank)
             if fold:
@@ -366,6 +383,8 @@ def merge_experts(
         config.num_experts_per_tok = min(config.num_experts_per_tok, num_experts)
     elif fold:
         config.num_experts = 0
+        if per_depth:
+            config.ffn_modulation = "per_depth"
     else:
         config.num_experts = 1
         config.expert_rank, before = blocks[0].mlp.experts.in_A.shape[1], config.expert_rank
@@ -399,6 +418,16 @@ def fold_adapter(config: ModernAlbertConfig, mixture: ModernAlbertMoL, adapter: 
         folded = ModernAlbertMLP(config)
     for name, module in folded.named_children():
         setattr(folded, name, getattr(mixture, name, module))
+    return folded.train(mixture.training)
+
+
+def fold_by_depth(
+    config: ModernAlbertConfig, mixture: ModernAlbertMoL, adapters: Sequence[dict]
+) -> ModernAlbertDepthMLP:
+    """A plain feed-forward layer for each depth, with its adapter added to its projections."""
+    with torch.device("meta"):
+        folded = ModernAlbertDepthMLP(config)
+    folded.depths = nn.ModuleList([fold_adapter(config, copy.deepcopy(mixture), adapter) for adapter in adapters])
     return folded.train(mixture.training)
 
 

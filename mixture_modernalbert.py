@@ -351,10 +351,24 @@ class ModernAlbertDepthLoRA(ModernAlbertMLP):
         return self.drop(self.Wo(activated) + scaling * F.linear(F.linear(activated, out_A), out_B))
 
 
+class ModernAlbertDepthMLP(nn.Module):
+    """A plain feed-forward layer for every depth: experts, folded with what the router does there. Our choice."""
+
+    def __init__(self, config: ModernAlbertConfig):
+        super().__init__()
+        self.depths = nn.ModuleList([ModernAlbertMLP(config) for _ in range(config.layers_per_group)])
+
+    def forward(
+        self, hidden_states: torch.Tensor, depth: int = 0, sequence_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return self.depths[depth](hidden_states)
+
+
 # By `ModernAlbertConfig.modulation`.
 FEED_FORWARD_LAYERS = {
     "mol": ModernAlbertMoL,
     "moa": ModernAlbertMoA,
     "depth_lora": ModernAlbertDepthLoRA,
     "none": ModernAlbertMLP,
+    "per_depth": ModernAlbertDepthMLP,
 }

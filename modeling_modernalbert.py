@@ -379,6 +379,7 @@ class ModernAlbertPreTrainedModel(PreTrainedModel):
         batches: Iterable[dict] | None = None,
         rank: int | None = None,
         num_experts: int | None = None,
+        per_depth: bool = False,
         inplace: bool = True,
     ) -> "ModernAlbertPreTrainedModel":
         """Merges the experts of every MoL group into one adapter.
@@ -392,6 +393,8 @@ class ModernAlbertPreTrainedModel(PreTrainedModel):
             rank: Of the adapter, for `"svd"`, `"frequency"` and `"regression"`, cut to the width of the layer.
                 Default: the experts', and for the latter two, folded, no limit, since any rank costs the same there.
             num_experts: Experts that `"cluster"` leaves.
+            per_depth: Whether `"frequency"` and `"regression"` fold an adapter for every run of a group, since routing
+                differs between them. That costs memory, a feed-forward layer for each, and no time.
             inplace: Whether this model is merged, or a copy of it.
 
         Returns:
@@ -401,7 +404,7 @@ class ModernAlbertPreTrainedModel(PreTrainedModel):
             ValueError: There are no experts to merge, the method is unknown, or it lacks what it needs.
         """
         model = self if inplace else copy.deepcopy(self)
-        merge_experts(model, method, fold, weights, batches, rank, num_experts)
+        merge_experts(model, method, fold, weights, batches, rank, num_experts, per_depth)
         return model
 
 

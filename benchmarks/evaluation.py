@@ -11,8 +11,8 @@ its script and the script's arguments; those under `*` go to all tasks, before t
      "scifact": {"script": "run_beir", "dataset": "scifact"}}
 
 With `--learning_rates`, each model first takes `--sweep_task` at each of them with the first seed; the best is its rate for
-all tasks that state none of their own. The command can be given again, with more seeds as well: the scripts keep a run
-that has ended, resume one that was stopped, and refuse other settings or rows. Writes `comparison.md` and `comparison.png`.
+all tasks that state none of their own. The command can be given again, from two seeds on with more as well: the scripts keep a
+run that has ended, resume one that was stopped, and refuse other settings or rows. Writes `comparison.md` and `comparison.png`.
 """
 
 from argparse import ArgumentParser

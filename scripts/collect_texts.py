@@ -15,7 +15,8 @@ sources of which no text may be in any output:
 
 A source is what the other scripts read, local files or a data set of the Hub, with its `split` (train). `sample` draws so
 many of its texts. `cut` makes passages of one to six sentences, or all, of each text. An output holds a text once, in
-random order. A text is left out if its words, without case and punctuation, are those of a held-out text, or contain
+random order. `pairs` makes pairs of the texts of two columns, `text` and `text_pair`, for `pretrain.py --pair_column
+text_pair`; a pair is left out if one of its texts is. A text is left out if its words, without case and punctuation, are those of a held-out text, or contain
 all words of one of at least six.
 """
 
@@ -38,6 +39,7 @@ from modernalbert.training.runs import check_output_dir, write_json, write_text
 
 logger = logging.getLogger(__name__)
 
+COLUMNS = ("text", "text_pair")
 HEADING = 20  # characters of a text that is too short to be cut into passages
 SHORTEST = 15  # characters of a passage
 SENTENCES = (1, 1, 2, 3, 6, None)  # of a passage, one of these each time; None for all that are left
@@ -72,14 +74,20 @@ def read_collection(path: str) -> dict:
         if not isinstance(sources, list) or not all(isinstance(source, dict) for source in sources):
             raise ValueError(f"`{name}` in '{path}' must be a list of sources, each with `source` and `columns`")
         for source in sources:
-            check_names(source, {"source", "split", "columns", "cut", "sample"}, f"field of a source in '{path}',")
+            check_names(
+                source, {"source", "split", "columns", "cut", "sample", "pairs"}, f"field of a source in '{path}',"
+            )
             if not isinstance(source.get("source"), str) or not isinstance(source.get("columns"), list):
                 raise ValueError(f"a source of `{name}` in '{path}' lacks `source` or the list `columns`: {source}")
+            if source.get("pairs") and (len(source["columns"]) != 2 or source.get("cut") or name == "held_out"):
+                raise ValueError(
+                    f"`pairs` of `{name}` in '{path}' needs two `columns`, without `cut`, in `texts`: {source}"
+                )
     return collection
 
 
-def read_source(source: dict) -> list[str]:
-    """All texts of a source, column by column.
+def read_source(source: dict) -> list[str] | list[tuple[str, str]]:
+    """All texts of a source, column by column, or its pairs.
 
     Raises:
         ValueError: It has no such column.
@@ -88,7 +96,10 @@ def read_source(source: dict) -> list[str]:
     for column in source["columns"]:
         if column not in rows.column_names:
             raise ValueError(f"'{source['source']}' has no column '{column}'; it has {', '.join(rows.column_names)}")
-    return [text for column in source["columns"] for text in rows[column] if text]
+    columns = [rows[column] for column in source["columns"]]
+    if source.get("pairs"):
+        return [pair for pair in zip(*columns, strict=True) if all(pair)]
+    return [text for column in columns for text in column if text]
 
 
 def cut_passages(texts: Iterable[str], rng: random.Random) -> Iterator[str]:
@@ -151,13 +162,22 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, int]]:
             if "sample" in source:
                 texts = rng.sample(texts, min(source["sample"], len(texts)))
             (cut if source.get("cut") else whole).extend(texts)
-        found = list(dict.fromkeys(text.strip() for text in [*whole, *cut_passages(cut, rng)]))
-        kept = [text for text in track(found, description=name, transient=True) if text and text not in held_out]
+        found = dict.fromkeys(
+            tuple(text.strip() for text in ((row,) if isinstance(row, str) else row))
+            for row in [*whole, *cut_passages(cut, rng)]
+        )
+        kept = [
+            texts
+            for texts in track(found, description=name, transient=True)
+            if all(text and text not in held_out for text in texts)
+        ]
         if not kept:
             raise ValueError(f"`{name}` in '{args.collection}' holds no text that is not held out")
         rng.shuffle(kept)
-        write_text(folder / f"{name}.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in kept))
-        counts[name] = {"texts": len(kept), "left_out": len(found) - len(kept), "characters": sum(map(len, kept))}
+        rows = (json.dumps(dict(zip(COLUMNS, texts, strict=False))) for texts in kept)
+        write_text(folder / f"{name}.jsonl", "".join(row + "\n" for row in rows))
+        characters = sum(len(text) for texts in kept for text in texts)
+        counts[name] = {"texts": len(kept), "left_out": len(found) - len(kept), "characters": characters}
         logger.info("%s: %s", name, json.dumps(counts[name]))
     write_json(folder / "counts.json", counts)
     return counts

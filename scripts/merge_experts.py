@@ -68,6 +68,7 @@ logger = logging.getLogger(__name__)
 
 FORMATS = ("folded", "adapter", "routed")
 BATCH_SIZE = 16
+PER_DEPTH = ", per depth"  # behind the name of a method in the report
 
 
 @dataclass
@@ -88,6 +89,12 @@ class MergingArguments:
         },
     )
     num_experts: Count | None = field(default=None, metadata={"help": "Experts that method `cluster` leaves."})
+    per_depth: bool = field(
+        default=False,
+        metadata={
+            "help": "Fold an adapter for every run of a group, by frequency or regression: more memory, the same time."
+        },
+    )
     calibration_data: list[str] = field(
         default_factory=list, metadata={"help": "Texts to see routing on: files, globs or data sets of the Hub."}
     )
@@ -144,6 +151,11 @@ class MergingArguments:
                 if self.num_experts is None
                 else f"`num_experts` is for method 'cluster'; {', '.join(methods)} merge to one adapter"
             )
+        if self.per_depth and (self.method not in ("frequency", "regression") or self.format != "folded"):
+            raise ValueError(
+                "`per_depth` folds what the router does at each depth: it goes with `--method frequency` or `regression` "
+                f"and `--format folded`, got '{self.method}' and '{self.format}'"
+            )
         columns = [*self.text_columns, self.label_column]
         if not 1 <= len(self.text_columns) <= 2 or len(set(columns)) < len(columns):
             raise ValueError(f"`text_columns` and `label_column` {columns} must be one or two columns and another one")
@@ -160,7 +172,8 @@ def check_model(args: MergingArguments, config: ModernAlbertConfig) -> None:
         ValueError: They do not, or the model cannot be merged.
     """
     check_mergeable(config, text=bool(args.calibration_data or args.validation_data))
-    if config.num_experts == 0 or not config.mol_groups or (config.num_experts == 1 and args.method == "cluster"):
+    single = config.num_experts == 1 and (args.method == "cluster" or args.per_depth)
+    if config.num_experts == 0 or not config.mol_groups or single:
         raise ValueError(
             f"there is nothing to merge in '{args.model_name_or_path}': `num_experts` is {config.num_experts} in "
             f"{len(config.mol_groups)} MoL groups"
@@ -244,6 +257,7 @@ def resolve(sources: Sequence[str]) -> list[str]:
 def measure(
     args: MergingArguments,
     model: PreTrainedModel,
+    methods: Sequence[str],
     merge: Callable[[str], PreTrainedModel],
     calibration: list[dict] | None,
     validation: list[dict] | None,
@@ -272,7 +286,7 @@ def measure(
     report["error_text"] = "calibration" if validation is None else "validation"
     score = None if validation is None else lambda scored: score_model(scored, validation, metrics)
     states = states_by_depth(model, batches)
-    return report | compare_methods(model, [args.method, *args.compare], merge, states, score)
+    return report | compare_methods(model, methods, merge, states, score)
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
@@ -309,23 +323,33 @@ def write_merged(
     calibration = load_calibration(args, tokenizer) if args.calibration_data else None
     validation, metrics = load_validation(args, config, tokenizer) if args.validation_data else (None, ())
 
-    def merge(method: str) -> PreTrainedModel:
+    def merge(label: str) -> PreTrainedModel:
+        method, per_depth = label.removesuffix(PER_DEPTH), label.endswith(PER_DEPTH)
         merged = copy.deepcopy(model)
         fold = args.format != "adapter" or method != args.method
         if not fold and config.num_experts == 1:  # an adapter already
             return merged
         count = args.num_experts if method == "cluster" else None
         return merged.merge_experts(
-            method, fold, weights=weights, batches=calibration, rank=args.rank, num_experts=count
+            *(method, fold),
+            weights=weights,
+            batches=calibration,
+            rank=args.rank,
+            num_experts=count,
+            per_depth=per_depth,
         )
 
-    chosen = merge(args.method)
+    methods = [args.method, *args.compare]
+    if args.per_depth:  # beside the one fold for each group
+        methods.insert(0, args.method + PER_DEPTH)
+    chosen = merge(methods[0])
     report = {
         "model": redact(args.model_name_or_path),
         "method": args.method,
         "format": args.format,
         "rank": args.rank,
         "num_experts": args.num_experts,
+        "per_depth": args.per_depth,
         "parameters": {"routed": model.num_parameters(), "merged": chosen.num_parameters()},
         "data": {
             name: redact(sources)
@@ -334,7 +358,13 @@ def write_merged(
         },
     }
     report |= measure(
-        args, model, lambda name: chosen if name == args.method else merge(name), calibration, validation, metrics
+        args,
+        model,
+        methods,
+        lambda name: chosen if name == methods[0] else merge(name),
+        calibration,
+        validation,
+        metrics,
     )
     chosen.cpu()
     if args.format == "adapter":

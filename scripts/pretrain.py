@@ -139,6 +139,10 @@ class PretrainingArguments:
     )
     streaming: bool = field(default=False, metadata={"help": "Tokenise `train_data` while training, not before."})
     text_column: str = field(default="text", metadata={"help": "Column that holds the texts."})
+    pair_column: str | None = field(
+        default=None,
+        metadata={"help": "Column that holds second texts: rows that have one become [CLS] text [SEP] pair [SEP]."},
+    )
     preprocessing_num_workers: Workers | None = field(default=None, metadata={"help": "Processes that tokenise."})
     max_length: RowLength = field(default=512, metadata={"help": "Tokens of a packed row."})
     mlm_probability: Share = field(default=0.3, metadata={"help": "Share of tokens that is masked (ModernBERT's)."})
@@ -276,7 +280,13 @@ def load_teacher(
                     f"the teacher '{args.teacher}' sees masked rows, which differ each time: leave `teacher_cache` out"
                 )
             return distiller, None
-    teacher = Teacher(args.teacher, dtype, args.teacher_cache, int(args.teacher_cache_gb * 1e9))
+    teacher = Teacher(
+        args.teacher,
+        dtype,
+        args.teacher_cache,
+        int(args.teacher_cache_gb * 1e9),
+        teacher_tokenizer.sep_token_id if args.pair_column is not None else None,
+    )
     if args.hidden_loss != "cosine" or args.temperature != 1:
         raise ValueError(
             f"the teacher '{args.teacher}' gives last hidden states alone, compared by their cosine: leave "
@@ -306,7 +316,7 @@ def load_rows(
     Raises:
         ValueError: There are fewer rows than a step takes; and what `load_texts` and `pack_texts` raise.
     """
-    packing = {"max_length": args.max_length, "text_column": args.text_column}
+    packing = {"max_length": args.max_length, "text_column": args.text_column, "pair_column": args.pair_column}
     pack = pack_texts
     if isinstance(distiller, EncoderDistiller):
         longest = distiller.teacher.max_length
@@ -321,6 +331,7 @@ def load_rows(
             args.streaming,
             args.mixing_weights,
             training_args.seed,
+            pair_column=args.pair_column,
         )
         rows = pack(texts, tokenizer, **packing, num_proc=args.preprocessing_num_workers)
         masker = TokenMasker(tokenizer, args.mlm_probability, training_args.seed, args.masked_share)
@@ -329,7 +340,7 @@ def load_rows(
         evaluation_masker = TokenMasker(tokenizer, args.mlm_probability, training_args.seed, share)
         validation = {}
         for source, name in name_sources(args.validation_data).items():
-            texts = load_texts([source], args.validation_split, args.text_column)
+            texts = load_texts([source], args.validation_split, args.text_column, pair_column=args.pair_column)
             packed = first_rows(pack(texts, tokenizer, **packing), args.max_eval_samples)
             validation[name] = mask_rows(packed, evaluation_masker)
     if isinstance(rows, Dataset):

@@ -142,6 +142,77 @@ def test_long_texts_become_several_sequences_and_lose_no_token(bpe):
         assert part in text and max(end for _, end in offsets) == len(part)
 
 
+PAIRS = [(TEXTS[0], TEXTS[1]), ("Crème  brûlée", TEXTS[0]), (TEXTS[1] * 3, "日本語 text"), ("one", None), ("", "two")]
+
+
+@pytest.mark.parametrize("max_length", [64, 12])
+def test_pairs_are_encoded_as_by_the_tokenizer_and_aligned_in_each_text(bpe, wordpiece, max_length):
+    firsts, seconds = zip(*PAIRS[:3], strict=True)
+    sequences = split_texts(list(firsts), bpe, max_length, list(seconds))
+    aligned = align(sequences, wordpiece, 64)
+    for row, (first, second) in enumerate(PAIRS[:3]):
+        assert sequences["input_ids"][row] == bpe(first, second, truncation=True, max_length=max_length)["input_ids"]
+        limits = {"words": max_length, "teacher_words": 64}
+        assert aligned["teacher_ids"][row] == wordpiece(first, second, truncation=True, max_length=64)["input_ids"]
+        spans = [match.span() for match in re.finditer(r"\S+", f"{first}\n{second}")]
+        found = {}
+        for side, tokenizer in (("words", bpe), ("teacher_words", wordpiece)):
+            limit = {"truncation": True, "max_length": limits[side]}
+            encoded = tokenizer(first, second, return_offsets_mapping=True, **limit)
+            numbers = aligned[side][row]
+            assert len(numbers) == len(encoded["input_ids"])
+            places = set()
+            for number, (start, end), part in zip(
+                numbers, encoded["offset_mapping"], encoded.sequence_ids(0), strict=True
+            ):
+                if number != NO_WORD:
+                    start, end = (offset + part * (len(first) + 1) for offset in (start, end))
+                    (span,) = [span for span in spans if span[0] < end and start < span[1]]
+                    places.add((number, span))
+            found[side] = places
+        assert found["words"] == found["teacher_words"]
+        assert {number for number, _ in found["words"]} == set(range(len(found["words"])))
+        if row == 0 and max_length == 64:
+            assert len(found["words"]) == len(spans)
+
+
+def test_rows_mix_texts_and_pairs(bpe, wordpiece):
+    firsts, seconds = (list(column) for column in zip(*PAIRS, strict=True))
+    rows = Dataset.from_dict({"text": firsts, "second": seconds})
+    packed = pack_sequences(rows, bpe, wordpiece, 256, 64, pair_column="second")
+    assert packed.column_names == ["input_ids", "words", "teacher_ids", "teacher_words", "teacher_lengths"]
+    expected = [bpe(text)["input_ids"] for text in ("one", "two")]
+    expected += [bpe(first, second)["input_ids"] for first, second in PAIRS[:3]]
+    assert packed["input_ids"][0] == sum(expected, [])
+    plain = pack_sequences(rows, bpe, None, 256, 64, pair_column="second")
+    assert plain[0] == {"input_ids": packed["input_ids"][0]}
+
+
+def test_the_teacher_sees_the_second_text_of_a_pair_as_such(teacher_folder, wordpiece):
+    """Its states are those with the types of tokens of its own tokenizer."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(teacher_folder)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    pair = tokenizer("one two", "three four", return_tensors="pt", return_token_type_ids=True)
+    assert pair["token_type_ids"].any()
+    single = tokenizer("one two three", return_tensors="pt")
+    length = pair["input_ids"].shape[1]
+    ids, mask = (
+        torch.cat([pair[name], F.pad(single[name], (0, length - single[name].shape[1]))])
+        for name in ("input_ids", "attention_mask")
+    )
+    encoder = BertModel.from_pretrained(teacher_folder, add_pooling_layer=False).eval()
+    states, _ = Teacher(str(teacher_folder), sep_token_id=tokenizer.sep_token_id)(ids, mask)
+    with torch.no_grad():
+        expected = encoder(**pair).last_hidden_state[0]
+        alone = encoder(**single).last_hidden_state[0]
+    torch.testing.assert_close(states[0], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(states[1][: len(alone)], alone, rtol=1e-5, atol=1e-5)
+    untyped, _ = Teacher(str(teacher_folder))(ids, mask)
+    assert (untyped[0] - expected).abs().max() > 0.01
+
+
 def test_rows_hold_whole_sequences(bpe, wordpiece):
     rows = pack(TEXTS, bpe, wordpiece)
     assert len(rows) > 2

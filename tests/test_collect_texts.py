@@ -79,6 +79,22 @@ def test_passages_are_the_sentences_in_order(script):
     assert {1, 2, 3, 6} <= lengths and len(passages) > 100
 
 
+def test_pairs_are_rows_of_two_texts_of_which_none_is_held_out(make, tmp_path):
+    counts, kept = make(
+        ["One. ", HELD_OUT, "One.", "Two."], [f"b {HELD_OUT}", "b Two."], columns=["a", "b"], pairs=True
+    )
+    rows = [json.loads(line) for line in (tmp_path / "made" / "out.jsonl").read_text().splitlines()]
+    # "One. " and "One." are one text, and so are what stands beside them.
+    assert kept == ["One."] and rows == [{"text": "One.", "text_pair": "b One."}]
+    assert counts == {"texts": 1, "left_out": 2, "characters": len("One.") + len("b One.")}
+
+
+@pytest.mark.parametrize("fields", [{"columns": ["a"]}, {"columns": ["a", "b"], "cut": True}], ids=str)
+def test_pairs_need_two_columns_of_whole_texts(make, fields):
+    with pytest.raises(ValueError, match="`pairs` of `out` .* needs two `columns`, without `cut`"):
+        make(["One."], pairs=True, **fields)
+
+
 def test_columns_samples_and_order(make, tmp_path, script):
     texts = [f"Text number {n}." for n in range(50)]
     _, kept = make(texts, columns=["a", "b"])

@@ -10,6 +10,7 @@ import pyarrow.parquet
 import pytest
 from datasets import Dataset
 
+from modernalbert.training import data
 from modernalbert.training.data import check_texts, load_texts, name_sources, read_rows
 
 
@@ -40,6 +41,34 @@ def test_sources_of_several_kinds_are_read_once_each(tmp_path, streaming):
     rows = list(load_texts(sources, streaming=streaming))
     assert {name for row in rows for name in row} == {"text"}
     assert Counter(row["text"] for row in rows) == Counter(sum(texts.values(), []))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("local", [True, False])
+def test_second_texts_are_read_where_there_are_some(tmp_path, monkeypatch, streaming, local):
+    rows = {"plain": [{"text": "a"}, {"text": None, "id": 1}], "pairs": [{"text": "b", "two": "c"}, {"text": "d"}]}
+    rows["plain"] += [{"text": "a"}] * 200
+    sources = list(rows)
+    if local:
+        sources = [str(tmp_path / f"{name}.jsonl") for name in rows]
+        for path, lines in zip(sources, rows.values(), strict=True):
+            with open(path, "w") as file:
+                file.writelines(json.dumps(row) + "\n" for row in lines)
+    else:
+
+        def load(name, configuration, split, streaming):
+            part = Dataset.from_list([{"id": 0, **row} for row in rows[name]])
+            return part.to_iterable_dataset() if streaming else part
+
+        monkeypatch.setattr(data, "load_dataset", load)
+    found = [(row["text"], row["two"]) for row in load_texts(sources, streaming=streaming, pair_column="two")]
+    assert Counter(found) == {("a", None): 201, ("b", "c"): 1, ("d", None): 1}
+
+
+def test_second_texts_that_are_none_are_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "b", "two": 3}\n')
+    with pytest.raises(ValueError, match="line 1 of .* has 3 as 'two', expected a text; .*`pair_column`"):
+        load_texts([str(tmp_path / "a.jsonl")], pair_column="two")
 
 
 @pytest.mark.parametrize("streaming", [False, True])

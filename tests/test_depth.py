@@ -130,6 +130,9 @@ def test_what_belongs_to_a_depth_is_refused_at_others(make_model, tmp_path):
     lora.save_pretrained(tmp_path / "lora")
     with pytest.raises(ValueError, match="every run of a group has a LoRA of its own"):
         AutoModel.from_pretrained(tmp_path / "lora", num_hidden_layers=2)
+    layers = make_model(ModernAlbertModel, ffn_modulation="per_depth", num_hidden_layers=4)
+    with pytest.raises(ValueError, match="every run of a group has a feed-forward layer of its own"):
+        layers(IDS, num_hidden_layers=6)
     router = make_model(ModernAlbertModel, router_type="depth", num_hidden_layers=4)
     with torch.no_grad():
         assert router.eval()(IDS, num_hidden_layers=2).last_hidden_state.isfinite().all()
@@ -391,3 +394,9 @@ def test_a_task_is_trained_and_scored_at_depths(pretrained, tmp_path):
         script.main([*scored[:2], "--output_dir", str(tmp_path / "other"), *shared, "--num_hidden_layers", "4"])
     with pytest.raises(ValueError, match="`elastic_depth` is for training"):
         script.main([*scored[:2], "--output_dir", str(tmp_path / "other"), *shared, "--elastic_depth", "true"])
+
+
+def test_training_the_full_depth_alone_takes_the_smaller_ones_away(make_student, prose_tokenizer, tmp_path):
+    model = make_student(num_hidden_layers=4, elastic_depth=True)
+    make_trainer(model, prose_tokenizer, tmp_path)
+    assert not model.config.elastic_depth

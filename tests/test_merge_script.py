@@ -92,6 +92,33 @@ def packed_batch(root, tokenizer):
 # ---- Formats and figures
 
 
+def test_a_fold_per_depth_is_reported_beside_one_per_group(root, tmp_path):
+    validate = ["--validation_data", root / "texts.jsonl", "--per_depth", "true"]
+    report = merge(root, "masked-lm", tmp_path / "out", "--method", "frequency", *validate, *calibrate(root))
+    found = report["methods"]
+    assert list(found) == ["frequency, per depth", "frequency", "drop"]
+    merged = AutoModelForMaskedLM.from_pretrained(tmp_path / "out")
+    assert merged.config.ffn_modulation == "per_depth"
+    layers = [layer.mlp.depths for layer in merged.model.layers]
+    assert [len(depths) for depths in layers] == [2, 2]
+    extra = sum(parameter.numel() for depths in layers for parameter in depths[0].parameters())
+    sizes = {name: result["parameters"] for name, result in found.items()}
+    assert sizes["frequency, per depth"] == merged.num_parameters() == sizes["frequency"] + extra
+    assert sizes["frequency"] == sizes["drop"]
+    assert found["frequency, per depth"]["score"] != found["frequency"]["score"]
+    html = (tmp_path / "out" / "merge_report.html").read_text()
+    assert f"{sizes['frequency']:,}" in html and "frequency, per depth" in html
+
+
+@pytest.mark.parametrize("arguments", [("uniform", "folded"), ("frequency", "adapter")], ids=str)
+def test_per_depth_goes_with_a_fold_of_routing(root, tmp_path, arguments):
+    method, format = arguments
+    with pytest.raises(ValueError, match=f"`per_depth` folds what .* got '{method}' and '{format}'"):
+        flags = ["--method", method, "--format", format, "--per_depth", "true"]
+        merge(root, "masked-lm", tmp_path / "out", *flags, *calibrate(root))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_masked_language_model_is_merged_and_measured(root, tokenizer, tmp_path):
     validate = ["--validation_data", root / "texts.jsonl", "--compare", "uniform", "svd"]
     report = merge(root, "masked-lm", tmp_path / "out", "--method", "regression", *validate, *calibrate(root))

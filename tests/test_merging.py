@@ -253,6 +253,12 @@ def test_reduced_rank_regression_is_least_squares_projected_on_its_predictions(r
     np.testing.assert_allclose((B @ A).numpy().T, solution @ directions.T @ directions, rtol=1e-8, atol=1e-8)
 
 
+def states_of(model, mixture, batches):
+    """Inputs of a layer over all its runs."""
+    (depths,) = collect_states(model, [mixture], batches)
+    return torch.cat(depths)
+
+
 TEXT = [{"input_ids": torch.randint(5, 100, (8, 32), generator=torch.Generator().manual_seed(n))} for n in range(4)]
 
 
@@ -274,7 +280,7 @@ def layer_error(model, merged):
     """Relative error of a merged layer on the inputs that the routed one gets from the calibration text."""
     mixture = model.layers[1].mlp
     with torch.no_grad():
-        (inputs,) = collect_states(model, [mixture], TEXT)
+        inputs = states_of(model, mixture, TEXT)
         expected = mixture(inputs)
         return ((merged.layers[1].mlp(inputs) - expected).norm() / expected.norm()).item()
 
@@ -304,7 +310,7 @@ def test_frequency_takes_the_weights_of_the_router(make_model):
     model = make_model(dtype=torch.float64)
     mixture = model.layers[1].mlp
     with torch.no_grad():
-        (inputs,) = collect_states(model, [mixture], TEXT)
+        inputs = states_of(model, mixture, TEXT)
         used = torch.zeros(4, dtype=torch.float64)
         for token in inputs:
             _, weights, experts = mixture.router(token[None])
@@ -334,7 +340,7 @@ def test_similarity_is_the_cosine_of_corrections(make_model):
     model = make_model(dtype=torch.float64)
     mixture = model.layers[1].mlp
     with torch.no_grad():
-        (inputs,) = collect_states(model, [mixture], TEXT[:1])
+        inputs = states_of(model, mixture, TEXT[:1])
         cosines = similarity(mixture, inputs)
         shared = mixture.Wo(mixture.glu(mixture.Wi(inputs)))
         corrections = []
@@ -370,7 +376,7 @@ def test_the_router_of_clusters_gives_the_sum_of_their_probabilities(make_model)
     mixture = model.layers[1].mlp
     with torch.no_grad():
         mixture.router.weight[2:] = mixture.router.weight[:2]
-        (inputs,) = collect_states(model, [mixture], TEXT)
+        inputs = states_of(model, mixture, TEXT)
         rows = merge_router(mixture, inputs, [[0, 2], [1, 3]])
         probabilities = (inputs @ mixture.router.weight.T).softmax(-1)
     expected = torch.stack([probabilities[:, [0, 2]].sum(-1), probabilities[:, [1, 3]].sum(-1)], dim=-1)
@@ -416,6 +422,77 @@ def test_a_joined_adapter_wider_than_its_layer_is_refused_before_merging(make_mo
     model.merge_experts("cat")
 
 
+@pytest.mark.parametrize("rank", [None, 2])
+def test_per_depth_folds_what_the_router_does_there(make_model, rank):
+    """Each depth gets the mean of the products with the weights that its own tokens got."""
+    model = make_model(dtype=torch.float64, **BOTH_GROUPS, num_hidden_layers=6)
+    weights = []
+    for layer in model.layers:
+        (depths,) = collect_states(model, [layer.mlp], TEXT)
+        rows = []
+        for states in depths:
+            _, shares, chosen = layer.mlp.router(states)
+            one_hot = torch.nn.functional.one_hot(chosen, 4).double()  # [tokens, 2, 4]
+            rows.append((shares[..., None] * one_hot).sum(dim=1).mean(dim=0).tolist())
+        weights.append(rows)
+    assert max(abs(a - b) for a, b in zip(weights[0][0], weights[0][1], strict=True)) > 0.01
+    routed = model.num_parameters()
+    merged = model.merge_experts("frequency", batches=TEXT, rank=rank, per_depth=True, inplace=False)
+    assert model.config.num_experts == 4 and model.num_parameters() == routed
+    for depth in range(3):
+        given = [rows[depth] for rows in weights]
+        group = model.merge_experts("svd", weights=given, rank=rank or 32, inplace=False)
+        for layer, expected in zip(merged.layers, group.layers, strict=True):
+            for name in ("Wi", "Wo"):
+                found = getattr(layer.mlp.depths[depth], name).weight
+                torch.testing.assert_close(found, getattr(expected.mlp, name).weight, rtol=1e-8, atol=1e-8)
+
+
+def test_per_depth_regression_is_fitted_to_each_depth(make_model):
+    """On the text it was fitted to, it errs less than one fold for all depths."""
+    model = make_model(dtype=torch.float64)
+    mixture = model.layers[1].mlp
+    (depths,) = collect_states(model, [mixture], TEXT)
+    merged = {
+        per_depth: model.merge_experts("regression", batches=TEXT, per_depth=per_depth, inplace=False).layers[1].mlp
+        for per_depth in (False, True)
+    }
+    errors = {}
+    with torch.no_grad():
+        for per_depth, layer in merged.items():
+            errors[per_depth] = [(layer(h, d) - mixture(h, d)).square().sum() for d, h in enumerate(depths)]
+    assert all(one < all_depths for one, all_depths in zip(errors[True], errors[False], strict=True))
+
+
+def test_a_fold_per_depth_is_saved_and_loaded(make_model, tmp_path):
+    model = make_model(ModernAlbertForMaskedLM, **BOTH_GROUPS)
+    model.merge_experts("regression", batches=TEXT, per_depth=True)
+    assert (model.config.ffn_modulation, model.config.num_experts, model.config.has_router) == ("per_depth", 0, False)
+    assert model.num_parameters() == model.config.num_parameters()
+    model.save_pretrained(tmp_path)
+    loaded = ModernAlbertForMaskedLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(INPUT_IDS).logits, model(INPUT_IDS).logits, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="only a Mixture of LoRAs can be merged"):
+        loaded.merge_experts()
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("uniform", {}),
+        ("svd", {}),
+        ("frequency", {"fold": False}),
+        ("cluster", {"num_experts": 2}),
+    ],
+)
+def test_per_depth_without_routing_to_fold_is_refused(make_model, method, changes):
+    with pytest.raises(ValueError, match="`per_depth` folds what the router does at each depth"):
+        make_model().merge_experts(method, batches=TEXT, per_depth=True, **changes)
+    with pytest.raises(ValueError, match="`per_depth` folds what the router does at each depth: .* 1 experts"):
+        make_model(num_experts=1).merge_experts("frequency", batches=TEXT, per_depth=True)
+
+
 def test_calibration_sees_no_padding(make_model):
     states = []
     for unpad_inputs in (True, False):
@@ -439,7 +516,7 @@ def test_experts_that_correct_nothing_are_similar_to_none(make_model):
     with torch.no_grad():
         for factor in (mixture.experts.in_B, mixture.experts.out_B):
             factor[1:] = 0
-        (inputs,) = collect_states(model, [mixture], TEXT[:1])
+        inputs = states_of(model, mixture, TEXT[:1])
         cosines = similarity(mixture, inputs)
     expected = torch.zeros(4, 4, dtype=cosines.dtype)
     expected[0, 0] = 1

@@ -231,6 +231,13 @@ def test_modulations_that_cannot_be_folded_are_refused(make_model, tokenizer, tm
     assert list(tmp_path.iterdir()) == []
 
 
+def test_experts_folded_at_every_depth_are_exported(make_model, tokenizer, tmp_path):
+    batches = [{"input_ids": torch.arange(5, 29)[None]}]
+    model = make_model(vocab_size=len(tokenizer)).merge_experts("frequency", batches=batches, per_depth=True)
+    (difference,) = onnx_export.export_onnx(model, tokenizer, tmp_path / "onnx").values()
+    assert difference.largest < 1e-4 < difference.scale
+
+
 def test_half_precision_is_refused(make_model, tokenizer, tmp_path):
     model = make_model(num_experts=0, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="is in torch.bfloat16, expected torch.float32"):

@@ -43,6 +43,13 @@ def test_packing_loses_no_token_and_cuts_full_rows(tokenizer, max_length):
     assert tokenizer.model_max_length == 8192
 
 
+def test_pairs_are_packed_as_the_tokenizer_encodes_them(tokenizer):
+    texts = Dataset.from_dict({"text": ["one", "", "two", "three"], "pair": ["and one", "alone", None, " "]})
+    (row,) = pack_texts(texts, tokenizer, 1000, pair_column="pair")["input_ids"]
+    singles = [tokenizer(text)["input_ids"] for text in ("alone", "two", "three")]
+    assert row == sum(singles, []) + tokenizer("one", "and one")["input_ids"]
+
+
 def test_positions_start_anew_with_every_text(tokenizer):
     rows = [
         {"input_ids": tokenizer(a)["input_ids"] + tokenizer(b)["input_ids"]} for a, b in (("ab", "c"), ("a", "bc"))

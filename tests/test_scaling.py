@@ -40,6 +40,8 @@ MODELS = [
     {"decoder_bias": False, "tie_word_embeddings": False},
     {"ffn_modulation": "none"},
     {"ffn_modulation": "depth_lora", "num_experts": 0},
+    {"ffn_modulation": "per_depth"},
+    {"ffn_modulation": "per_depth", "num_experts": 0, "num_hidden_layers": 6, "mol_groups": [0, 1]},
     {"ffn_modulation": "moa"},
     {"ffn_modulation": "moa", "num_experts": 1},
     {"ffn_modulation": "moa", "router_type": "top_p"},

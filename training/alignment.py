@@ -2,13 +2,14 @@
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from .packing import PackedCollator, encode_texts, filled_texts, map_texts
+from .packing import PackedCollator, encode_texts, map_texts, split_pairs
 
 
 NO_WORD = -1  # of tokens that are compared with nothing: special ones, padding, words that the other side lacks
@@ -41,34 +42,57 @@ def words_of_tokens(text: str, offsets: Iterable[tuple[int, int]]) -> list[int]:
     return words
 
 
-def split_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list]:
+def encode_with_offsets(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], pairs: Sequence[str] | None, **kwargs
+) -> BatchEncoding:
+    """Tokens of texts, or of pairs, with `offset_mapping`: that of a pair is into its two texts, joined by a line break."""
+    kwargs |= {"truncation": True, "return_offsets_mapping": True, "return_attention_mask": False}
+    if pairs is None:
+        return encode_texts(tokenizer, texts, **kwargs)
+    encoded = encode_texts(tokenizer, texts, pairs, **kwargs)
+    for row, offsets in enumerate(encoded["offset_mapping"]):
+        shift = len(texts[row]) + 1
+        encoded["offset_mapping"][row] = [
+            (start + shift, end + shift) if part == 1 else (start, end)
+            for (start, end), part in zip(offsets, encoded.sequence_ids(row), strict=True)
+        ]
+    return encoded
+
+
+def split_texts(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int, pairs: Sequence[str] | None = None
+) -> dict[str, list]:
     """Texts as sequences of at most `max_length` tokens, `[CLS] ... [SEP]`; a longer text becomes several.
 
+    Args:
+        texts: Texts that are not empty.
+        tokenizer: With offsets.
+        max_length: Tokens of a sequence.
+        pairs: Second texts, for sequences `[CLS] text [SEP] pair [SEP]`. A longer pair is cut, first its longer text.
+
     Returns:
-        `input_ids`, `offsets` into the text of the sequence, and `texts`, for each sequence.
+        `input_ids`, `texts`, maybe `pairs`, and `offsets` into them (see `encode_with_offsets`), for each sequence.
     """
-    sequences = {"input_ids": [], "offsets": [], "texts": []}
+    sequences = {"input_ids": [], "offsets": [], "texts": [], **({} if pairs is None else {"pairs": []})}
     if not texts:
         return sequences
-    encoded = encode_texts(
-        tokenizer,
-        texts,
-        truncation=True,
-        max_length=max_length,
-        return_overflowing_tokens=True,
-        return_offsets_mapping=True,
-        return_attention_mask=False,
+    encoded = encode_with_offsets(
+        tokenizer, texts, pairs, max_length=max_length, return_overflowing_tokens=pairs is None
     )
-    for ids, offsets, owner in zip(
-        encoded["input_ids"], encoded["offset_mapping"], encoded["overflow_to_sample_mapping"], strict=True
-    ):
+    owners = encoded.get("overflow_to_sample_mapping", range(len(texts)))
+    for ids, offsets, owner in zip(encoded["input_ids"], encoded["offset_mapping"], owners, strict=True):
         spans = [(start, end) for start, end in offsets if end > start]
         if not spans:  # nothing but special tokens
             continue
-        first, last = min(start for start, _ in spans), max(end for _, end in spans)
+        if pairs is not None:
+            sequences["texts"].append(texts[owner])
+            sequences["pairs"].append(pairs[owner])
+            first = 0
+        else:
+            first, last = min(start for start, _ in spans), max(end for _, end in spans)
+            sequences["texts"].append(texts[owner][first:last])
         sequences["input_ids"].append(ids)
         sequences["offsets"].append([(s - first, e - first) if e > s else (0, 0) for s, e in offsets])
-        sequences["texts"].append(texts[owner][first:last])
     return sequences
 
 
@@ -87,16 +111,11 @@ def align(sequences: dict[str, list], teacher_tokenizer: PreTrainedTokenizerBase
     """
     if not sequences["texts"]:
         return {"words": [], "teacher_ids": [], "teacher_words": []}
-    encoded = encode_texts(
-        teacher_tokenizer,
-        sequences["texts"],
-        truncation=True,
-        max_length=max_length,
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-    )
+    texts, pairs = sequences["texts"], sequences.get("pairs")
+    encoded = encode_with_offsets(teacher_tokenizer, texts, pairs, max_length=max_length)
     aligned = {"words": [], "teacher_ids": encoded["input_ids"], "teacher_words": []}
-    rows = zip(sequences["texts"], sequences["offsets"], encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    joined = texts if pairs is None else map("\n".join, zip(texts, pairs, strict=True))
+    rows = zip(joined, sequences["offsets"], encoded["input_ids"], encoded["offset_mapping"], strict=True)
     for text, offsets, teacher_ids, teacher_offsets in rows:
         words, teacher_words = words_of_tokens(text, offsets), words_of_tokens(text, teacher_offsets)
         known = {
@@ -119,6 +138,7 @@ def pack_sequences(
     teacher_length: int,
     text_column: str = "text",
     num_proc: int | None = None,
+    pair_column: str | None = None,
 ) -> Dataset | IterableDataset:
     """Rows of at most `max_length` tokens that hold whole sequences, for distillation from an encoder.
 
@@ -130,6 +150,7 @@ def pack_sequences(
         teacher_length: Tokens that the teacher takes.
         text_column: Column that holds the texts.
         num_proc: Processes that tokenise a `Dataset`.
+        pair_column: Column that holds second texts, see [`split_texts`]; rows without one are single texts.
 
     Returns:
         The column `input_ids` and, with a teacher's tokenizer, `words`, `teacher_ids` and `teacher_words`, with
@@ -140,10 +161,14 @@ def pack_sequences(
     """
 
     def pack(batch):
-        sequences = split_texts(filled_texts(batch[text_column]), tokenizer, max_length)
-        columns = {"input_ids": sequences["input_ids"]}
+        columns = defaultdict(list)
+        for texts, pairs in split_pairs(batch, text_column, pair_column):
+            sequences = split_texts(texts, tokenizer, max_length, pairs)
+            columns["input_ids"] += sequences["input_ids"]
+            if teacher_tokenizer is not None:
+                for name, values in align(sequences, teacher_tokenizer, teacher_length).items():
+                    columns[name] += values
         if teacher_tokenizer is not None:
-            columns |= align(sequences, teacher_tokenizer, teacher_length)
             columns["teacher_lengths"] = [[len(ids)] for ids in columns["teacher_ids"]]
         rows = {name: [] for name in columns}
         count = 0  # words of the current row

@@ -126,9 +126,15 @@ def generate_rows(paths: Sequence[str], stamps: tuple, texts: Sequence[str]) -> 
 
 
 def generate_texts(
-    paths: Sequence[str], column: str, line_breaks: bool = False, stamps: tuple = ()
-) -> Iterator[dict[str, str]]:
+    paths: Sequence[str],
+    column: str,
+    line_breaks: bool = False,
+    stamps: tuple = (),
+    pair_column: str | None = None,
+) -> Iterator[dict[str, str | None]]:
     """Texts of files, in a column of that name; null rows are counted and left out.
+
+    With a `pair_column`, rows have a second text in it, or None, also where a file lacks that column.
 
     Raises:
         ValueError: A row lacks the column or holds no text in it, or more than 1% of the rows are null.
@@ -138,16 +144,19 @@ def generate_texts(
         for where, row in read_file(path, column, line_breaks):
             if column not in row:
                 raise ValueError(f"'{path}' has no column '{column}', but {', '.join(map(repr, row))} ({where})")
-            text, count = row[column], count + 1
-            if text is None:
+            texts, count = {column: row[column]}, count + 1
+            if pair_column is not None:
+                texts[pair_column] = row.get(pair_column)
+            for name, text in texts.items():
+                if not isinstance(text, str | None):
+                    raise ValueError(
+                        f"{where} of '{path}' has {json.dumps(text, default=str)[:80]} as '{name}', expected a text; name "
+                        f"another column with `{'text' if name == column else 'pair'}_column`, or correct that row"
+                    )
+            if texts[column] is None:
                 missing += 1
-            elif not isinstance(text, str):
-                raise ValueError(
-                    f"{where} of '{path}' has {json.dumps(text, default=str)[:80]} as '{column}', expected a text; name "
-                    "another column with `text_column`, or correct that row"
-                )
             else:
-                yield {column: text}
+                yield texts
         if count == 0:
             logger.warning("'%s' has no rows", path)
         report_dropped(missing, count, path, f"no '{column}'")
@@ -469,6 +478,7 @@ def load_texts(
     mixing_weights: Sequence[float] | None = None,
     seed: int = 0,
     line_breaks: bool = False,
+    pair_column: str | None = None,
 ) -> Dataset | IterableDataset:
     """Texts of several sources, one column `text_column`; null rows are counted and left out.
 
@@ -481,6 +491,7 @@ def load_texts(
             ended. Default: each source once, one after the other.
         seed: Of mixing and shuffling.
         line_breaks: Whether lines of .txt and .md keep their line break.
+        pair_column: Column that holds second texts, where a source and a row have one; it is a column of the result.
 
     Raises:
         FileNotFoundError: A pattern matches no file.
@@ -491,18 +502,19 @@ def load_texts(
         raise ValueError(
             f"`mixing_weights` {list(mixing_weights)} must be positive, one for each of the {len(sources)} sources"
         )
-    strings = Features({text_column: Value("string")})
+    columns = {"column": text_column, "pair_column": pair_column}
+    strings = Features({name: Value("string") for name in columns.values() if name is not None})
     parts = []
     for source in sources:
         if is_local(source):
-            reading = {"paths": find_files([source]), "column": text_column, "line_breaks": line_breaks}
+            reading = {"paths": find_files([source]), **columns, "line_breaks": line_breaks}
             if streaming:
                 part = IterableDataset.from_generator(generate_texts, features=strings, gen_kwargs=reading)
             else:
                 reading |= {"paths": tuple(reading["paths"]), "stamps": _stamps(reading["paths"])}
                 part = _generate(generate_texts, strings, **reading)
         else:
-            part = _load_hub_texts(source, split, text_column, streaming, strings)
+            part = _load_hub_texts(source, split, text_column, streaming, pair_column)
         if streaming and next(iter(part), None) is None:
             raise ValueError(f"'{source}' has no rows")
         parts.append(part)
@@ -522,24 +534,29 @@ def stream_texts(
         if is_local(source):
             rows = generate_texts(find_files([source]), text_column, line_breaks)
         else:
-            rows = _load_hub_texts(source, split, text_column, True, Features({text_column: Value("string")}))
+            rows = _load_hub_texts(source, split, text_column, True)
         for row in rows:
             yield row[text_column]
 
 
-def _load_hub_texts(source: str, split: str, column: str, streaming: bool, strings: Features):
+def _load_hub_texts(source: str, split: str, column: str, streaming: bool, pair_column: str | None = None):
     part = _load_hub(source, split, streaming=streaming)
     first = next(iter(part), None)
     if first is None:
         raise ValueError(f"'{source}' has no rows")
     if column not in first:
         raise ValueError(f"'{source}' has no column '{column}', but {', '.join(map(repr, first))}")
-    if not isinstance(first[column], str | None):
-        raise ValueError(
-            f"column '{column}' of '{source}' holds {type(first[column]).__name__}, expected texts; name another with "
-            "`text_column`"
-        )
-    part = part.select_columns([column])
+    if pair_column is not None and pair_column not in first:
+        part = part.map(lambda batch: {pair_column: [None] * len(batch[column])}, batched=True)
+    columns = {column: "text_column"} | ({} if pair_column is None else {pair_column: "pair_column"})
+    for name, argument in columns.items():
+        if not isinstance(first.get(name), str | None):
+            raise ValueError(
+                f"column '{name}' of '{source}' holds {type(first[name]).__name__}, expected texts; name another with "
+                f"`{argument}`"
+            )
+    strings = Features({name: Value("string") for name in columns})
+    part = part.select_columns(list(columns))
     if streaming:
         part = part.map(lambda batch: batch, batched=True, features=strings)
         return part.filter(lambda text: text is not None, input_columns=column)

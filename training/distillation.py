@@ -137,6 +137,8 @@ class Teacher(nn.Module):
         dtype: Of its weights.
         cache: File that keeps its states, see [`StateCache`]; default: they are computed each time.
         cache_bytes: Largest size of that file.
+        sep_token_id: Token that ends the first text of a pair, for teachers that know two types of tokens (BERT's); of
+            others, and without it, all tokens are of one type.
 
     Raises:
         ImportError: A SentenceTransformer needs sentence-transformers.
@@ -144,7 +146,14 @@ class Teacher(nn.Module):
         ValueError: The model is damaged, or the cache is of another teacher.
     """
 
-    def __init__(self, name: str, dtype: str = "auto", cache: str | Path | None = None, cache_bytes: int = 20 * 10**9):
+    def __init__(
+        self,
+        name: str,
+        dtype: str = "auto",
+        cache: str | Path | None = None,
+        cache_bytes: int = 20 * 10**9,
+        sep_token_id: int | None = None,
+    ):
         super().__init__()
         self.sentence_modules = nn.ModuleList()
         if is_sentence_transformer(name):
@@ -162,6 +171,7 @@ class Teacher(nn.Module):
             self.encoder, _ = load_model(AutoModel, name, dtype=dtype)
             self.max_length, self.width = None, self.encoder.config.hidden_size
         self.max_length = self.max_length or getattr(self.encoder.config, "max_position_embeddings", None) or 512
+        self.sep_token_id = sep_token_id if getattr(self.encoder.config, "type_vocab_size", 0) > 1 else None
         self.eval().requires_grad_(False)
         self.cache = None
         if cache is not None:
@@ -207,7 +217,11 @@ class Teacher(nn.Module):
         for chunk in lengths.argsort().split(chunk_size):
             length = int(lengths[chunk].max())
             mask = attention_mask[chunk, :length]
-            hidden = self.encoder(input_ids=input_ids[chunk, :length], attention_mask=mask).last_hidden_state.float()
+            inputs = {"input_ids": input_ids[chunk, :length], "attention_mask": mask}
+            if self.sep_token_id is not None:  # 0 up to the first [SEP], 1 behind it
+                ends = (inputs["input_ids"] == self.sep_token_id).long()
+                inputs["token_type_ids"] = (ends.cumsum(dim=1) - ends).clamp(max=1)
+            hidden = self.encoder(**inputs).last_hidden_state.float()
             features = {"token_embeddings": hidden, "attention_mask": mask}
             for module in self.sentence_modules:
                 features = module(features)
@@ -228,8 +242,8 @@ class EncoderDistiller:
     *Hidden states*: `1 - cos` between the teacher's state of a word and the student's, `W h + b` with W and b trained
     beside the student. With equal tokenizers a word is a token; otherwise it is what white space separates, and its
     state the mean over its tokens. *Pooled*: `1 - cos` between the teacher's vector of a sequence and the mean of the
-    student's states, projected likewise (by a projection of its own where that vector has another width). Both are sums over the whole batch, divided by its words and sequences. The teacher sees
-    clean text, whatever the student sees masked. Our choice, after sentence-transformers' distillation.
+    student's states, projected likewise (by a projection of its own where that vector has another width). Both are sums over the whole
+    batch, divided by its words and sequences. The teacher sees clean text, whatever the student sees masked. Our choice, after sentence-transformers' distillation.
 
     Args:
         teacher: Frozen.

@@ -30,7 +30,7 @@ from .export.cards import MERGED_NAME
 from .loading import is_adapter
 from .packing import collate_batches
 from .runs import bytes_of_run, check_output_dir, write_files
-from .trainer import TrainerMixin, check_elastic, depth_loss, draw_depth, labelled_share, train_to_the_end
+from .trainer import TrainerMixin, depth_loss, draw_depth, labelled_share, set_elastic, train_to_the_end
 
 
 logger = logging.getLogger(__name__)
@@ -176,8 +176,7 @@ def load_config(args: FineTuningArguments, name: str) -> PreTrainedConfig:
                 f"`num_hidden_layers` is for a ModernALBERT, whose groups share weights; '{name}' is a {config.model_type}"
             )
         config = config.at_depth(args.num_hidden_layers)
-    if args.elastic_depth:
-        check_elastic(config)
+    set_elastic(config, args.elastic_depth)
     if args.router_aux_loss_coef is not None:
         if getattr(config, "has_router", False):
             config.router_aux_loss_coef = args.router_aux_loss_coef

@@ -31,8 +31,9 @@ def pack_texts(
     max_length: int,
     text_column: str = "text",
     num_proc: int | None = None,
+    pair_column: str | None = None,
 ) -> Dataset | IterableDataset:
-    """Rows of `max_length` tokens, cut from all texts, each as `[CLS] text [SEP]`.
+    """Rows of `max_length` tokens, cut from all texts, each as `[CLS] text [SEP]` or `[CLS] text [SEP] pair [SEP]`.
 
     No token is lost, and only the last row of each thousand texts is shorter. A text that does not fit continues in the
     next row; [`PackedCollator`] keeps sequences from attending to each other. Empty texts are dropped. Rows of a
@@ -45,6 +46,7 @@ def pack_texts(
         max_length: Tokens of a row.
         text_column: Column that holds the texts.
         num_proc: Processes that tokenise a `Dataset`.
+        pair_column: Column that holds second texts; rows without one are single texts.
 
     Returns:
         One column, `input_ids`.
@@ -54,20 +56,31 @@ def pack_texts(
     """
 
     def pack(batch):
-        filled = filled_texts(batch[text_column])
-        # Rows are cut here, so the tokenizer need not warn about long texts.
-        encoded = (
-            encode_texts(tokenizer, filled, return_attention_mask=False, verbose=False)["input_ids"] if filled else []
-        )
+        encoded = []
+        for texts in split_pairs(batch, text_column, pair_column):
+            texts = [part for part in texts if part is not None]
+            if texts[0]:  # rows are cut here, so the tokenizer need not warn about long texts
+                encoded += encode_texts(tokenizer, *texts, return_attention_mask=False, verbose=False)["input_ids"]
         tokens = [token for text in encoded for token in text]
         return {"input_ids": [tokens[start : start + max_length] for start in range(0, len(tokens), max_length)]}
 
     return map_texts(texts, pack, text_column, f"Packing to {max_length} tokens", num_proc)
 
 
-def filled_texts(texts: Sequence[str | None]) -> list[str]:
-    """Texts that are not empty."""
-    return [text for text in texts if text and not text.isspace()]
+def split_pairs(
+    batch: dict, text_column: str, pair_column: str | None
+) -> tuple[tuple[list[str], None], tuple[list[str], list[str]]]:
+    """The single texts of a batch, and its pairs as first and second texts, without texts that are empty."""
+    texts = batch[text_column]
+    singles, firsts, seconds = [], [], []
+    for text, pair in zip(texts, batch.get(pair_column) or [None] * len(texts), strict=True):
+        filled = [part for part in (text, pair) if part and not part.isspace()]
+        if len(filled) == 2:
+            firsts.append(text)
+            seconds.append(pair)
+        else:
+            singles += filled
+    return (singles, None), (firsts, seconds)
 
 
 def map_texts(
@@ -83,8 +96,8 @@ def map_texts(
         ValueError: There are none.
     """
     if isinstance(texts, IterableDataset):
-        return texts.map(pack, batched=True, remove_columns=[text_column])
-    packed = texts.map(pack, batched=True, remove_columns=[text_column], num_proc=num_proc, desc=description)
+        return texts.map(pack, batched=True, remove_columns=texts.column_names)
+    packed = texts.map(pack, batched=True, remove_columns=texts.column_names, num_proc=num_proc, desc=description)
     if len(packed) == 0:
         raise ValueError(f"column '{text_column}' holds no text: all of its {len(texts)} rows are empty")
     return packed

@@ -12,7 +12,7 @@ from transformers import Trainer
 from .callbacks import StepClock
 from .distillation import Distiller, EncoderDistiller, packed_inputs
 from .packing import TokenMasker
-from .trainer import TrainerMixin, check_elastic, depth_loss, draw_depth
+from .trainer import TrainerMixin, depth_loss, draw_depth, set_elastic
 
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "labels")
@@ -80,8 +80,7 @@ class PretrainingTrainer(TrainerMixin, Trainer):
             "depth_loss": 1.0,
         }
         self.elastic_depth = elastic_depth
-        if elastic_depth:
-            check_elastic(self.model.config)
+        set_elastic(self.model.config, elastic_depth)
         self.decay_steps = decay_steps
         if distiller is not None:
             distiller.teacher.to(self.args.device)

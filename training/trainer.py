@@ -52,12 +52,16 @@ def draw_depth(config: ModernAlbertConfig, seed: int, step: int) -> int:
     return random.Random(f"{seed} {step}").choice(depths)
 
 
-def check_elastic(config: PreTrainedConfig) -> None:
-    """Checks that a model has smaller depths to train, and marks it as trained for them.
+def set_elastic(config: PreTrainedConfig, elastic_depth: bool) -> None:
+    """Marks a model as trained for smaller depths, or as no longer trained for them.
 
     Raises:
         ValueError: It has none.
     """
+    if not elastic_depth:
+        if config.model_type == "modernalbert":
+            config.elastic_depth = False
+        return
     if config.model_type != "modernalbert":
         raise ValueError(
             f"`elastic_depth` is for a ModernALBERT, whose groups run several times; this is a {config.model_type}"

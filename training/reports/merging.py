@@ -30,8 +30,7 @@ def states_by_depth(model: PreTrainedModel, batches: Iterable[dict]) -> dict[int
     layers = mixtures(model)
     parts = []
     for batch in batches:  # all depths see the same tokens
-        collected = collect_states(model, list(layers.values()), [batch])
-        parts.append([states.unflatten(0, (model.config.layers_per_group, -1)) for states in collected])
+        parts.append([torch.stack(depths) for depths in collect_states(model, list(layers.values()), [batch])])
     return {group: torch.cat(states, dim=1) for group, states in zip(layers, zip(*parts, strict=True), strict=True)}
 
 
@@ -67,11 +66,11 @@ def layer_errors(
     errors = {}
     for (group, routed), layer in zip(mixtures(model).items(), mixtures(merged).values(), strict=True):
         errors[str(group)] = []
-        for depth in states[group]:
+        for depth, inputs in enumerate(states[group]):
             difference = scale = 0.0
-            for h in depth.split(2048):
+            for h in inputs.split(2048):
                 expected = routed(h).double()
-                difference += (layer(h).double() - expected).square().sum().item()
+                difference += (layer(h, depth).double() - expected).square().sum().item()
                 scale += expected.square().sum().item()
             errors[str(group)].append((difference / max(scale, 1e-12)) ** 0.5)
     return errors
@@ -105,13 +104,15 @@ def compare_methods(
         score: Scores of a model; the first decides `recovered`.
 
     Returns:
-        `routed`, the scores before merging, and `methods`: for each `layer_error`, `score` and `recovered`, as far as
-        they were measured.
+        `routed`, the scores before merging, and `methods`: for each `parameters` and, as far as they were measured,
+        `layer_error`, `score` and `recovered`.
     """
     results = {}
     for method in dict.fromkeys([*methods, CONTROL]):
         merged = merge(method)
-        results[method] = {} if states is None else {"layer_error": layer_errors(model, merged, states)}
+        results[method] = {"parameters": merged.num_parameters()}
+        if states is not None:
+            results[method]["layer_error"] = layer_errors(model, merged, states)
         if score is not None:
             results[method]["score"] = score(merged)
     if score is None:
@@ -123,24 +124,26 @@ def compare_methods(
 
 
 def tabulate(report: dict[str, Any]) -> list[tuple[str, ...]]:
-    """A header and one row per method: mean error of the layers, scores, share recovered."""
+    """A header and one row per method: parameters, mean error of the layers, scores, share recovered."""
     names = list(report.get("routed", {}))
-    rows = [("", "error of a layer", *names, "recovered")]
+    rows = [("", "parameters", "error of a layer", *names, "recovered")]
     if names:
-        rows.append(("routed", "0", *(f"{report['routed'][name]:.4f}" for name in names), ""))
+        scores = (f"{report['routed'][name]:.4f}" for name in names)
+        rows.append(("routed", f"{report['parameters']['routed']:,}", "0", *scores, ""))
     for method, result in report["methods"].items():
         errors = [error for depths in result.get("layer_error", {}).values() for error in depths]
         error = f"{sum(errors) / len(errors):.1%}" if errors else "-"
         share = result.get("recovered")
         scores = (f"{result['score'][name]:.4f}" for name in names)
-        rows.append((method, error, *scores, "-" if share is None else f"{share:.1%}"))
+        rows.append((method, f"{result['parameters']:,}", error, *scores, "-" if share is None else f"{share:.1%}"))
     return rows
 
 
 def write_merge_report(folder: Path, report: dict[str, Any]) -> None:
     """Writes `merge_report.json` and a self-contained `merge_report.html`."""
     write_json(folder / f"{REPORT_NAME}.json", report)
-    facts = {name: report[name] for name in ("model", "method", "format", "rank", "num_experts") if report.get(name)}
+    names = ("model", "method", "format", "rank", "num_experts", "per_depth")
+    facts = {name: report[name] for name in names if report.get(name)}
     facts |= {f"parameters, {name}": f"{count:,}" for name, count in report["parameters"].items()}
     facts |= {f"{name} data": ", ".join(sources) for name, sources in report["data"].items()}
     if "error_text" in report:
