@@ -96,6 +96,33 @@ def mix_dense(glu, scaling, projected, low_rank, weights, experts, in_B, out_A):
     return activated, low_rank_out
 
 
+def differentiate_dense(ctx, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """Backward pass that runs [`mix_dense`] again on the saved inputs, and can itself be differentiated."""
+    projected, low_rank, weights, experts, in_B, out_A = ctx.saved_tensors
+    create_graph = torch.is_grad_enabled()
+    inputs = (projected, low_rank, weights, in_B, out_A)
+    with torch.enable_grad():
+        # Views where the graph goes on: the tensors may depend on each other, through an earlier run of the block.
+        inputs = [t.view_as(t) if create_graph else t.detach().requires_grad_(t.requires_grad) for t in inputs]
+        outputs = mix_dense(ctx.glu, ctx.scaling, *inputs[:3], experts, *inputs[3:])
+        wanted = [tensor for tensor in inputs if tensor.requires_grad]
+        found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=create_graph))
+    grads = [next(found) if tensor.requires_grad else None for tensor in inputs]
+    return None, None, *grads[:3], None, *grads[3:]
+
+
+class RecomputedMixture(torch.autograd.Function):
+    """[`mix_dense`] that saves only its inputs, and not the widened activations of every slot: for accelerators."""
+
+    @staticmethod
+    def forward(ctx, glu, scaling, projected, low_rank, weights, experts, in_B, out_A):
+        ctx.glu, ctx.scaling = glu, scaling
+        ctx.save_for_backward(projected, low_rank, weights, experts, in_B, out_A)
+        return mix_dense(glu, scaling, projected, low_rank, weights, experts, in_B, out_A)
+
+    backward = staticmethod(differentiate_dense)
+
+
 class GroupedMixture(torch.autograd.Function):
     """[`mix_dense`], expert by expert over the tokens that chose it: the fast form on a CPU.
 
@@ -137,16 +164,9 @@ class GroupedMixture(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_activated, grad_low_rank_out):
-        projected, low_rank, weights, experts, in_B, out_A = ctx.saved_tensors
         if torch.is_grad_enabled():  # `create_graph`: this backward pass is differentiated again
-            # Views, since the tensors themselves may depend on each other, through an earlier run of the block.
-            inputs = [tensor.view_as(tensor) for tensor in (projected, low_rank, weights, in_B, out_A)]
-            outputs = mix_dense(ctx.glu, ctx.scaling, *inputs[:3], experts, *inputs[3:])
-            wanted = [tensor for tensor in inputs if tensor.requires_grad]
-            found = torch.autograd.grad(outputs, wanted, (grad_activated, grad_low_rank_out), create_graph=True)
-            found = iter(found)
-            grads = [next(found) if tensor.requires_grad else None for tensor in inputs]
-            return None, None, *grads[:3], None, *grads[3:]
+            return differentiate_dense(ctx, grad_activated, grad_low_rank_out)
+        projected, low_rank, weights, experts, in_B, out_A = ctx.saved_tensors
         flat_weights = weights.flatten()
         # An expert without tokens gets a gradient of 0, not none.
         grad_projected, grad_low, grad_weights, grad_in_B, grad_out_A = (
@@ -166,6 +186,14 @@ class GroupedMixture(torch.autograd.Function):
             grad_in_B[expert].addmm_(grad_corrected.t(), chunk_low_rank, alpha=ctx.scaling)
             grad_out_A[expert] += grad_A
         return None, None, grad_projected, grad_low, grad_weights.view_as(weights), None, grad_in_B, grad_out_A
+
+
+def choose_mixture(states: torch.Tensor, num_experts: int) -> Callable:
+    """The form of [`mix_dense`] that is fast where the states are; a traced graph gets the function itself."""
+    on_cpu = states.device.type == "cpu"
+    if is_traced(states) or (on_cpu and num_experts == 1):
+        return mix_dense
+    return GroupedMixture.apply if on_cpu else RecomputedMixture.apply
 
 
 class ModernAlbertCorrections(nn.Module):
@@ -218,8 +246,7 @@ class ModernAlbertExperts(ModernAlbertCorrections):
         dtype = projected.dtype  # of lower precision than the parameters under autocast
         low_rank = F.linear(states, self.in_A.flatten(0, 1)).to(dtype)
         low_rank = low_rank.unflatten(-1, self.in_A.shape[:2])  # [tokens, E, r]
-        grouped = len(self.in_A) > 1 and states.device.type == "cpu" and not is_traced(states)
-        mix = GroupedMixture.apply if grouped else mix_dense
+        mix = choose_mixture(states, len(self.in_A))
         activated, low_rank_out = mix(
             *(glu, self.scaling, projected, low_rank, weights.to(dtype), chosen),
             *(self.in_B.to(dtype), self.out_A.to(dtype)),

@@ -16,9 +16,16 @@ from transformers import dynamic_module_utils
 from modernalbert import (
     ModernAlbertForMaskedLM,
     ModernAlbertModel,
+    mixture_modernalbert,
 )
 from modernalbert.merging_modernalbert import METHODS, routing_weights
-from modernalbert.mixture_modernalbert import FEED_FORWARD_LAYERS, GroupedMixture, ModernAlbertMLP, ModernAlbertMoL
+from modernalbert.mixture_modernalbert import (
+    FEED_FORWARD_LAYERS,
+    GroupedMixture,
+    ModernAlbertMLP,
+    ModernAlbertMoL,
+    RecomputedMixture,
+)
 from modernalbert.routing_modernalbert import ROUTERS, load_balancing_loss
 from modernalbert.training.callbacks import RoutingFrequencies
 from modernalbert.training.trainer import routing_statistics
@@ -50,10 +57,12 @@ each_variant = pytest.mark.parametrize("name", VARIANTS)
 each_router = pytest.mark.parametrize("router_type", ROUTERS)
 
 
-@pytest.fixture(params=["grouped", "dense"])
-def form(request, trace):
-    """Both forms of the mixture: the one for eager CPU, and the one for accelerators and traced graphs."""
-    if request.param == "dense":
+@pytest.fixture(params=["grouped", "recomputed", "dense"])
+def form(request, trace, monkeypatch):
+    """The forms of the mixture: for a CPU, for accelerators, and for traced graphs."""
+    if request.param == "recomputed":
+        monkeypatch.setattr(mixture_modernalbert, "choose_mixture", lambda *arguments: RecomputedMixture.apply)
+    elif request.param == "dense":
         trace()
 
 
@@ -260,7 +269,8 @@ def test_no_tokens(make_mol, form):
     assert all(parameter.grad.count_nonzero() == 0 for parameter in mol.parameters())
 
 
-def test_gradients_of_the_grouped_form_equal_finite_differences():
+@pytest.mark.parametrize("mixture", [GroupedMixture, RecomputedMixture])
+def test_gradients_equal_finite_differences_twice(mixture):
     generator = torch.Generator().manual_seed(0)
     tokens, num_experts, rank, width = 5, 3, 2, 4
     experts = torch.tensor([[0, 2], [2, 0], [0, 1], [2, 1], [0, 2]])
@@ -276,10 +286,49 @@ def test_gradients_of_the_grouped_form_equal_finite_differences():
         gate, value = projected.chunk(2, dim=-1)
         return F.gelu(gate) * value
 
-    torch.autograd.gradcheck(
-        lambda *inputs: GroupedMixture.apply(glu, 0.7, inputs[0], inputs[1], inputs[2], experts, *inputs[3:]),
-        (projected, low, weights, in_B, out_A),
-    )
+    def mix(*inputs):
+        return mixture.apply(glu, 0.7, inputs[0], inputs[1], inputs[2], experts, *inputs[3:])
+
+    inputs = (projected, low, weights, in_B, out_A)
+    assert torch.autograd.gradcheck(mix, inputs)
+    assert torch.autograd.gradgradcheck(mix, inputs)
+
+
+def test_the_form_for_accelerators_keeps_no_activation_of_a_slot(make_mol, monkeypatch):
+    """As many bytes for any number of slots, but for the choices and weights themselves."""
+
+    def kept(choose, slots):
+        monkeypatch.setattr(mixture_modernalbert, "choose_mixture", choose)
+        mol = make_mol(num_experts_per_tok=slots)
+        storages = {}
+
+        def keep(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor  # kept, so that no address is used twice
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            mol(random_states(200))
+        return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
+
+    def recomputed(*arguments):
+        return RecomputedMixture.apply
+
+    def dense(*arguments):
+        return mixture_modernalbert.mix_dense
+
+    widened = 200 * make_mol().Wi.weight.shape[0] * 8  # u + s B1_e A1_e h of one slot
+    assert kept(recomputed, 4) - kept(recomputed, 2) < widened / 2
+    assert kept(dense, 4) - kept(dense, 2) > 2 * widened
+    assert kept(dense, 2) - kept(recomputed, 2) > 2 * widened
+
+
+@pytest.mark.parametrize(
+    ("device", "experts", "expected"),
+    [("cpu", 4, GroupedMixture), ("cpu", 1, None), ("meta", 4, RecomputedMixture), ("meta", 1, RecomputedMixture)],
+)
+def test_each_device_has_its_form(device, experts, expected):
+    chosen = mixture_modernalbert.choose_mixture(torch.empty(3, 4, device=device), experts)
+    assert chosen == (mixture_modernalbert.mix_dense if expected is None else expected.apply)
 
 
 def test_expert_without_tokens_gets_a_gradient_of_zero(make_mol, form):

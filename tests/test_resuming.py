@@ -169,11 +169,12 @@ def test_a_stream_resumes_as_well(texts, tmp_path):
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("streaming", ["false", "true"])
-def test_two_processes_train_as_one(texts, tmp_path, streaming):
+@pytest.mark.parametrize(("argument", "layers"), [("--streaming", 2), ("--elastic_depth", 4)])
+def test_two_processes_train_as_one(texts, tmp_path, argument, layers):
     """Two processes with half of the rows each, over gloo. Routing is balanced per process, hence without that loss."""
-    exact = ["--config_overrides", json.dumps({**SMALL, "router_jitter_noise": 0, "router_aux_loss_coef": 0})]
-    exact += ["--streaming", streaming]
+    config = {**SMALL, "num_hidden_layers": layers, "router_jitter_noise": 0, "router_aux_loss_coef": 0}
+    exact = ["--config_overrides", json.dumps(config)]
+    exact += [argument, "true"]
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     run_here(texts, tmp_path / "one", *exact)
     two = run(texts, tmp_path / "two", *exact, "--per_device_train_batch_size", "4", launcher=launcher)
