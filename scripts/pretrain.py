@@ -100,7 +100,7 @@ RECIPE = (
     *("bf16", "seed"),
 )
 
-LOSSES = ("mlm_loss", "kl_loss", "hidden_loss", "pooled_loss", "depth_loss", "aux_loss")
+LOSSES = ("mlm_loss", "kl_loss", "hidden_loss", "pooled_loss", "pair_loss", "depth_loss", "aux_loss")
 
 # Arguments of the script that change neither weights nor losses.
 WITHOUT_EFFECT = ("license", "preprocessing_num_workers", "teacher_cache", "teacher_cache_gb")
@@ -165,6 +165,10 @@ class PretrainingArguments:
     pooled_weight: NotNegative = field(
         default=1.0,
         metadata={"help": "Weight of the pooled sequences, with a teacher of another kind than ModernBERT."},
+    )
+    pair_weight: NotNegative = field(
+        default=1.0,
+        metadata={"help": "Weight of the similarity of pairs, with such a teacher and a `pair_column`."},
     )
     masked_share: Annotated[float, Bounds(least=0, most=1)] = field(
         default=1.0,
@@ -400,6 +404,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         kl_weight=args.kl_weight,
         hidden_weight=args.hidden_weight,
         pooled_weight=args.pooled_weight,
+        pair_weight=args.pair_weight,
         elastic_depth=args.elastic_depth,
         decay_steps=args.decay_steps,
     )
@@ -409,7 +414,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     train_to_the_end(trainer)
 
     if isinstance(distiller, EncoderDistiller):
-        del model.teacher_projections  # part of the embedder, and of no head
+        distiller.remove_heads(model)
 
     def write(draft: Path) -> None:
         trainer.save_model(str(draft))

@@ -25,7 +25,7 @@ from modernalbert.training.alignment import (
     split_texts,
     words_of_tokens,
 )
-from modernalbert.training.distillation import EncoderDistiller, Teacher, start_from_table
+from modernalbert.training.distillation import EncoderDistiller, Teacher, split_pairs, start_from_table
 from modernalbert.training.packing import TokenMasker
 from modernalbert.training.pretraining import PretrainingTrainer
 from modernalbert.training.teacher_cache import StateCache
@@ -300,6 +300,69 @@ def test_terms_are_those_of_sequences_one_by_one(make_student, bpe, wordpiece, t
     assert gradients[0].keys() == gradients[1].keys() and "teacher_projections.0.weight" in gradients[0]
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
     assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_pairs_learn_the_similarity_that_the_teacher_gives_their_texts(
+    make_student, bpe, wordpiece, teacher_folder, same
+):
+    tokenizer = wordpiece if same else bpe
+    student, teacher = make_student(tokenizer), Teacher(str(teacher_folder), sep_token_id=wordpiece.sep_token_id)
+    distiller = EncoderDistiller(teacher, student)
+    torch.nn.init.normal_(distiller.pair_head.weight)
+    pairs = [(TEXTS[n], TEXTS[n + 7]) for n in range(4)]
+    texts = {"text": [TEXTS[20], *(first for first, _ in pairs)], "second": [None, *(second for _, second in pairs)]}
+    other = None if same else wordpiece
+    rows = pack_sequences(Dataset.from_dict(texts), tokenizer, other, 100, 64, pair_column="second")
+    batch = AlignedCollator(tokenizer, None, None if same else wordpiece.pad_token_id)(list(rows))
+    batch["clean_ids"] = batch["input_ids"]
+    inputs = (batch["input_ids"], batch["attention_mask"], batch["position_ids"])
+    terms = distiller(batch, student.model(*inputs, output_hidden_states=True), *EncoderDistiller.count(batch))
+
+    expected = 0
+    for first, second in pairs:
+        vectors = []
+        for text in (first, second):
+            ids = wordpiece(text, return_tensors="pt")["input_ids"]
+            vectors.append(teacher.encoder(input_ids=ids).last_hidden_state[0].mean(dim=0))
+        ids = tokenizer(first, second, return_tensors="pt")["input_ids"]
+        states = student.model(ids).last_hidden_state[0].mean(dim=0)
+        predicted = states @ distiller.pair_head.weight[0] + distiller.pair_head.bias[0]
+        expected = expected + (predicted - F.cosine_similarity(*vectors, dim=0)).square() / 5
+    torch.testing.assert_close(terms["pair_loss"], expected, rtol=1e-4, atol=1e-5)
+
+    gradients = []
+    for loss in (terms["pair_loss"], expected):
+        student.zero_grad()
+        loss.backward(retain_graph=True)
+        gradients.append({name: p.grad for name, p in student.named_parameters() if p.grad is not None})
+    gradients[0] = {name: gradients[0][name] for name in gradients[1]}
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
+    distiller.remove_heads(student)
+    assert not [name for name, _ in student.named_parameters() if "pair" in name or "teacher" in name]
+
+
+def test_a_batch_without_pairs_has_no_loss_of_them_and_a_gradient_of_zero(make_student, wordpiece, teacher_folder):
+    student = make_student(wordpiece)
+    distiller = EncoderDistiller(Teacher(str(teacher_folder), sep_token_id=wordpiece.sep_token_id), student)
+    batch = AlignedCollator(wordpiece)(list(pack(TEXTS[:3], wordpiece, None)))
+    batch["clean_ids"] = batch["input_ids"]
+    inputs = (batch["input_ids"], batch["attention_mask"], batch["position_ids"])
+    terms = distiller(batch, student.model(*inputs, output_hidden_states=True), *EncoderDistiller.count(batch))
+    assert terms["pair_loss"] == 0
+    terms["pair_loss"].backward()
+    assert distiller.pair_head.weight.grad.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("between", [[3], [3, 3]])
+def test_pairs_are_split_into_sequences_of_their_own(between):
+    rows = [[2, 7, 8, *between, 9, 3], [2, 7, 3], [2, 5, *between, 6, 6, 6, 3]]
+    length = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
+    pairs, (texts, text_mask) = split_pairs(ids, mask, 3)
+    found = [text[kept.bool()].tolist() for text, kept in zip(texts, text_mask, strict=True)]
+    assert pairs == [0, 2] and found == [[2, 7, 8, 3], [2, 5, 3], [2, 9, 3], [2, 6, 6, 6, 3]]
 
 
 def test_the_teacher_sees_clean_text(make_student, wordpiece, teacher_folder):

@@ -137,8 +137,8 @@ class Teacher(nn.Module):
         dtype: Of its weights.
         cache: File that keeps its states, see [`StateCache`]; default: they are computed each time.
         cache_bytes: Largest size of that file.
-        sep_token_id: Token that ends the first text of a pair, for teachers that know two types of tokens (BERT's); of
-            others, and without it, all tokens are of one type.
+        sep_token_id: Token that ends a text, where there are pairs of texts. A teacher that knows two types of tokens
+            (BERT's) gets them.
 
     Raises:
         ImportError: A SentenceTransformer needs sentence-transformers.
@@ -171,7 +171,8 @@ class Teacher(nn.Module):
             self.encoder, _ = load_model(AutoModel, name, dtype=dtype)
             self.max_length, self.width = None, self.encoder.config.hidden_size
         self.max_length = self.max_length or getattr(self.encoder.config, "max_position_embeddings", None) or 512
-        self.sep_token_id = sep_token_id if getattr(self.encoder.config, "type_vocab_size", 0) > 1 else None
+        self.sep_token_id = sep_token_id
+        self.has_types = sep_token_id is not None and getattr(self.encoder.config, "type_vocab_size", 0) > 1
         self.eval().requires_grad_(False)
         self.cache = None
         if cache is not None:
@@ -218,7 +219,7 @@ class Teacher(nn.Module):
             length = int(lengths[chunk].max())
             mask = attention_mask[chunk, :length]
             inputs = {"input_ids": input_ids[chunk, :length], "attention_mask": mask}
-            if self.sep_token_id is not None:  # 0 up to the first [SEP], 1 behind it
+            if self.has_types:  # 0 up to the first [SEP], 1 behind it
                 ends = (inputs["input_ids"] == self.sep_token_id).long()
                 inputs["token_type_ids"] = (ends.cumsum(dim=1) - ends).clamp(max=1)
             hidden = self.encoder(**inputs).last_hidden_state.float()
@@ -236,19 +237,49 @@ class Teacher(nn.Module):
         return states, vectors
 
 
+def split_pairs(input_ids: torch.Tensor, mask: torch.Tensor, sep_token_id: int) -> tuple[list[int], torch.Tensor]:
+    """The texts of pairs, each as a sequence of its own.
+
+    Args:
+        input_ids: Sequences `[CLS] text [SEP]` or `[CLS] text [SEP] pair [SEP]`, `[sequences, length]`.
+        mask: 0 at padding, which is on the right.
+        sep_token_id: `[SEP]`; some tokenizers write two between the texts.
+
+    Returns:
+        Which sequences are pairs, and lengths and tokens of their first texts, then of their second ones, padded with 0:
+        `[2, 2 * pairs, length]`, the tokens and their mask.
+    """
+    pairs, firsts, seconds = [], [], []
+    for index, (row, length) in enumerate(zip(input_ids.tolist(), mask.sum(dim=1).tolist(), strict=True)):
+        end = row.index(sep_token_id) + 1
+        start = end + (row[end : end + 1] == [sep_token_id])
+        if start < length:
+            pairs.append(index)
+            firsts.append(row[:end])
+            seconds.append(row[:1] + row[start:length])
+    split = input_ids.new_zeros(2, 2 * len(pairs), input_ids.shape[1])
+    for index, tokens in enumerate(firsts + seconds):
+        split[0, index, : len(tokens)] = input_ids.new_tensor(tokens)
+        split[1, index, : len(tokens)] = 1
+    return pairs, split
+
+
 class EncoderDistiller:
     r"""An encoder of any kind as the teacher of last hidden states and of pooled sequences.
 
     *Hidden states*: `1 - cos` between the teacher's state of a word and the student's, `W h + b` with W and b trained
     beside the student. With equal tokenizers a word is a token; otherwise it is what white space separates, and its
     state the mean over its tokens. *Pooled*: `1 - cos` between the teacher's vector of a sequence and the mean of the
-    student's states, projected likewise (by a projection of its own where that vector has another width). Both are sums over the whole
-    batch, divided by its words and sequences. The teacher sees clean text, whatever the student sees masked. Our choice, after sentence-transformers' distillation.
+    student's states, projected likewise (by a projection of its own where that vector has another width). *Pairs*: the
+    squared difference between the cosine of the teacher's vectors of the two texts, each by itself, and what a linear head
+    makes of the mean of the student's states of the pair: comparing texts is learned from a teacher that embeds them. All
+    are sums over the whole batch, divided by its words and, the latter two, by its sequences. The teacher sees clean text,
+    whatever the student sees masked. Our choice, after sentence-transformers' distillation.
 
     Args:
         teacher: Frozen.
-        student: What is trained; the projections become its module `teacher_projections`, so that they are trained and
-            kept in checkpoints.
+        student: What is trained; the projections and the head of pairs become its modules `teacher_projections` and
+            `pair_head`, so that they are trained and kept in checkpoints; see `remove_heads`.
     """
 
     def __init__(self, teacher: Teacher, student: PreTrainedModel):
@@ -259,7 +290,18 @@ class EncoderDistiller:
         for projection in student.teacher_projections:
             nn.init.normal_(projection.weight, std=hidden_size**-0.5)
             nn.init.zeros_(projection.bias)
+        self.pair_head = None
+        if teacher.sep_token_id is not None:
+            self.pair_head = student.pair_head = nn.Linear(hidden_size, 1)
+            nn.init.zeros_(self.pair_head.weight)
+            nn.init.constant_(self.pair_head.bias, 0.5)
         self.projection, self.pooled_projection = student.teacher_projections[0], student.teacher_projections[-1]
+
+    def remove_heads(self, student: PreTrainedModel) -> None:
+        """Takes the modules of the distillation, which are of no use to a head, out of the student."""
+        del student.teacher_projections
+        if self.pair_head is not None:
+            del student.pair_head
 
     @staticmethod
     def count(batch: dict) -> tuple[int, int]:
@@ -269,7 +311,7 @@ class EncoderDistiller:
         return int(words), int(starts.sum())
 
     def __call__(self, inputs: dict, outputs: Any, num_words: int, num_sequences: int) -> dict[str, torch.Tensor]:
-        """The terms `hidden_loss` and `pooled_loss`, scalars.
+        """The terms `hidden_loss`, `pooled_loss` and, where there may be pairs, `pair_loss`, scalars.
 
         Args:
             inputs: A batch of `AlignedCollator`, with the clean `input_ids` as `clean_ids`.
@@ -301,9 +343,19 @@ class EncoderDistiller:
         else:
             found, expected = student, expected[sequence_ids, offsets]
         hidden_loss = (1 - F.cosine_similarity(found, expected, dim=-1)).sum() / num_words
-        pooled = self.pooled_projection(mean_by_word(states, sequence_ids, count)).float()
+        means = mean_by_word(states, sequence_ids, count)
+        pooled = self.pooled_projection(means).float()
         pooled_loss = (1 - F.cosine_similarity(pooled, vectors, dim=-1)).sum() / num_sequences
-        return {"hidden_loss": hidden_loss, "pooled_loss": pooled_loss}
+        terms = {"hidden_loss": hidden_loss, "pooled_loss": pooled_loss}
+        if self.pair_head is not None:
+            pairs, (texts, text_mask) = split_pairs(teacher_ids, mask, self.teacher.sep_token_id)
+            predicted = self.pair_head(means).float()[pairs, 0]
+            terms["pair_loss"] = predicted.sum()  # of no pair: 0, and part of the graph, as other processes expect
+            if pairs:
+                _, vectors = self.teacher(texts, text_mask)
+                expected = F.cosine_similarity(*vectors.chunk(2), dim=-1)
+                terms["pair_loss"] = (predicted - expected).square().sum() / num_sequences
+        return terms
 
 
 def mean_by_word(states: torch.Tensor, words: torch.Tensor, count: int) -> torch.Tensor:

@@ -48,7 +48,7 @@ class PretrainingTrainer(TrainerMixin, Trainer):
     Args:
         masker: Masks the training rows; evaluation rows come masked.
         distiller: Adds a teacher's terms.
-        mlm_weight, kl_weight, hidden_weight, pooled_weight: Weights of the loss terms.
+        mlm_weight, kl_weight, hidden_weight, pooled_weight, pair_weight: Weights of the loss terms.
         elastic_depth: Whether each step runs a smaller depth as well, drawn for the step, which learns from the full one:
             `1 - cos` of the last hidden states of all real tokens, and the KL divergence of the logits of masked ones.
         decay_steps: Last steps of the warmup-stable-decay schedule, in which the rate falls as `1 - sqrt`; below 1, a
@@ -65,6 +65,7 @@ class PretrainingTrainer(TrainerMixin, Trainer):
         kl_weight: float = 1.0,
         hidden_weight: float = 1.0,
         pooled_weight: float = 1.0,
+        pair_weight: float = 1.0,
         elastic_depth: bool = False,
         decay_steps: float = 0.1,
         **kwargs,
@@ -77,6 +78,7 @@ class PretrainingTrainer(TrainerMixin, Trainer):
             "kl_loss": kl_weight,
             "hidden_loss": hidden_weight,
             "pooled_loss": pooled_weight,
+            "pair_loss": pair_weight,
             "depth_loss": 1.0,
         }
         self.elastic_depth = elastic_depth
