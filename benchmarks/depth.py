@@ -35,7 +35,15 @@ from modernalbert.training.runs import read_json, write_json
 
 
 KINDS = {"full depth alone": False, "elastic": True}
-TRAINING = ("do_train", "num_train_epochs", "warmup_steps", "max_train_samples", "save_strategy", "baselines")
+TRAINING = (
+    "do_train",
+    "num_train_epochs",
+    "max_steps",
+    "warmup_steps",
+    "max_train_samples",
+    "save_strategy",
+    "baselines",
+)
 
 
 def trained_models(folder: Path) -> list[Path]:
@@ -47,7 +55,7 @@ def time_depths(model: str, depths: list[int], repeats: int) -> dict[str, dict[i
     """Milliseconds of each depth and their ratio to the last, by batch."""
     classifier = AutoModelForSequenceClassification.from_pretrained(model, dtype="float32").eval()
     times = {}
-    for name, batch in make_batches(8, 128).items():
+    for name, batch in make_batches(8, min(128, classifier.config.max_position_embeddings)).items():
         batch["input_ids"] %= classifier.config.vocab_size
         with torch.inference_mode():
             found = interleave(

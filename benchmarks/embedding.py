@@ -7,8 +7,9 @@
 
 A column of `--pairs` is Spearman's correlation of the cosine with the scores, one of `--retrieval` nDCG@10 by
 `scripts/run_beir.py`, which keeps what it has scored; BM25 is beside it. Times are medians of interleaved turns in fp32, with
-tokenisation; `--onnx` adds the encoder of a ModernALBERT as onnxruntime runs it, in float32 and int8, `--num_hidden_layers` the
-same weights at other depths. Ratios are to the last model of `--models`. Output is Markdown, `embedding.json` has the figures.
+tokenisation; `--forms` adds a ModernALBERT in bf16, and its encoder as onnxruntime runs it, in float32 and int8,
+`--num_hidden_layers` the same weights at other depths, in all forms. Ratios are to the last model of `--models`. Output is
+Markdown; `embedding.json` has the figures, and `embedding.svg` shows the first set of pairs over time and over size.
 """
 
 import tempfile
@@ -18,6 +19,7 @@ from statistics import median
 
 import torch
 from common import count, describe_machine, format_table, interleave, ratio, start_script
+from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import pairwise_cos_sim
@@ -47,20 +49,42 @@ class OnnxEncoder(nn.Module):
         return {**features, "token_embeddings": torch.from_numpy(states)}
 
 
-def in_onnx(name: str, folder: Path) -> dict[str, SentenceTransformer]:
-    """A model whose encoder onnxruntime runs, in float32 and int8."""
+def load(name: str, layers: int | None = None, dtype: str = "float32") -> SentenceTransformer:
+    """A model, at another depth if one is given."""
+    depth = {} if layers is None else {"config_kwargs": {"num_hidden_layers": layers}}
+    model = SentenceTransformer(name, device="cpu", model_kwargs={"dtype": dtype}, **depth)
+    model.megabytes = sum(parameter.nbytes for parameter in model.parameters()) / 1e6
+    return model
+
+
+def other_forms(name: str, layers: int | None, folder: Path) -> dict[str, SentenceTransformer]:
+    """A model in bf16, and with an encoder that onnxruntime runs in float32 and int8."""
+    folder.mkdir(parents=True)
     paths = [folder / f"{form}.onnx" for form in FORMS]
-    write_onnx(
-        SentenceTransformer(name, device="cpu", model_kwargs={"dtype": "float32"})[0].auto_model.eval(), paths[0]
-    )
+    write_onnx(load(name, layers)[0].auto_model.eval(), paths[0])
     quantize_onnx(*paths)
-    models = {}
+    models = {"bf16": load(name, layers, "bfloat16")}
     for form, path in zip(FORMS, paths, strict=True):
-        model = SentenceTransformer(name, device="cpu")
+        model = models[form] = load(name, layers)
         model[0].forward = OnnxEncoder(path).forward
         model.megabytes = path.stat().st_size / 1e6
-        models[f"{Path(name).name}, {form}"] = model
     return models
+
+
+def plot(figures: dict[str, dict], column: str, batch: str) -> Figure:
+    """One set of pairs over milliseconds and over megabytes, a point for each model and form."""
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    measured = {name: facts for name, facts in figures.items() if column in facts["scores"]}
+    for axes, label in zip(panels, (f"{batch} (ms)", "MB"), strict=True):
+        for index, (name, facts) in enumerate(measured.items()):
+            x = facts[batch]["milliseconds"] if label != "MB" else facts["megabytes"]
+            axes.plot(x, facts["scores"][column], "os^Dvp*"[index // 10 % 7], color=f"C{index % 10}", label=name)
+        axes.set(xlabel=label, xscale="log")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel(f"{column}, Spearman")
+    panels[1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
 
 
 def correlate(model: SentenceTransformer, source: str) -> float:
@@ -71,7 +95,7 @@ def correlate(model: SentenceTransformer, source: str) -> float:
         model.encode(list(rows[column]), batch_size=64, convert_to_tensor=True, show_progress_bar=False)
         for column in (first, second)
     ]
-    return 100 * spearmanr(pairwise_cos_sim(*pairs).numpy(), rows[score])[0]
+    return 100 * spearmanr(pairwise_cos_sim(*pairs).float().numpy(), rows[score])[0]
 
 
 def retrieve(name: str, dataset: str, folder: Path) -> dict[str, float]:
@@ -92,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", required=True, help="SentenceTransformers; the last is the reference")
     parser.add_argument("--pairs", nargs="+", default=[], help="FILE:FIRST:SECOND:SCORE, columns of a file")
     parser.add_argument("--retrieval", nargs="+", default=[], help="sets in BEIR's format")
-    parser.add_argument("--onnx", action="store_true", help="export the ModernALBERT models as well")
+    parser.add_argument("--forms", action="store_true", help="ModernALBERT models in bf16 and ONNX as well")
     parser.add_argument("--num_hidden_layers", nargs="+", type=count, default=[], help="other depths to run at")
     parser.add_argument("--repeats", type=count, default=15, help="turns of the timing")
     parser.add_argument("--threads", type=count, default=torch.get_num_threads())
@@ -104,19 +128,14 @@ def main(argv: list[str] | None = None) -> None:
     models = {}
     with tempfile.TemporaryDirectory() as scratch:
         for name in args.models:
-            model = models[Path(name).name] = SentenceTransformer(
-                name, device="cpu", model_kwargs={"dtype": "float32"}
-            )
-            model.megabytes = sum(parameter.nbytes for parameter in model.parameters()) / 1e6
-            known = model[0].auto_model.config.model_type == "modernalbert"
-            for layers in args.num_hidden_layers if known else []:
-                shallow = SentenceTransformer(name, device="cpu", config_kwargs={"num_hidden_layers": layers})
-                shallow.megabytes = model.megabytes
-                models[f"{Path(name).name}, {layers} layers"] = shallow
-            if args.onnx and known:
-                folder = Path(scratch) / Path(name).name
-                folder.mkdir()
-                models |= in_onnx(name, folder)
+            models[Path(name).name] = load(name)
+            known = models[Path(name).name][0].auto_model.config.model_type == "modernalbert"
+            for layers in [None, *args.num_hidden_layers] if known else []:
+                title = Path(name).name + (f", {layers} layers" if layers else "")
+                models[title] = load(name, layers)
+                if args.forms:
+                    found = other_forms(name, layers, Path(scratch) / title)
+                    models |= {f"{title}, {form}": model for form, model in found.items()}
         batches = {"one sentence": [SENTENCE], "32 sentences": [f"{n} {SENTENCE[: 20 + n]}" for n in range(32)]}
         times = {
             batch: interleave(
@@ -165,6 +184,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"\n{figures['machine']['device']}, torch {figures['machine']['torch']}")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     write_json(args.output_dir / "embedding.json", figures)
+    if columns:
+        plot(figures["models"], next(iter(columns)), "one sentence").savefig(args.output_dir / "embedding.svg")
 
 
 if __name__ == "__main__":

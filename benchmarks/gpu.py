@@ -162,7 +162,9 @@ def run_equality(args: Namespace, clock: Clock) -> dict:
                     reference.merge_experts()
                 reference = reference.to(dtype).double().eval()  # the same weights, rounded once
                 state = reference.state_dict()
-                model = ModernAlbertModel._from_config(copy.deepcopy(reference.config), attn_implementation=name, dtype=dtype)
+                model = ModernAlbertModel._from_config(
+                    copy.deepcopy(reference.config), attn_implementation=name, dtype=dtype
+                )
                 model.load_state_dict(state)
                 model = model.to(args.device).eval()
                 found, expected = (outputs_and_gradients(each, batch) for each in (model, reference))

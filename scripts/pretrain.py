@@ -300,7 +300,7 @@ def load_teacher(
     if same and args.model_name_or_path is None and model.config.model_type == "modernalbert":
         kept = start_from_table(teacher.encoder.get_input_embeddings().weight, model)
         logger.info("the embedding starts from the teacher's: %.1f%% of its energy", 100 * kept)
-    distiller = EncoderDistiller(teacher, model)
+    distiller = EncoderDistiller(teacher, model, args.pair_column is not None and args.pair_weight > 0)
     before = read_projection(args.model_name_or_path) if args.model_name_or_path is not None else None
     if before is not None and before.weight.shape == distiller.pooled_projection.weight.shape:
         distiller.pooled_projection.load_state_dict(before.state_dict())

@@ -308,7 +308,7 @@ def test_pairs_learn_the_similarity_that_the_teacher_gives_their_texts(
 ):
     tokenizer = wordpiece if same else bpe
     student, teacher = make_student(tokenizer), Teacher(str(teacher_folder), sep_token_id=wordpiece.sep_token_id)
-    distiller = EncoderDistiller(teacher, student)
+    distiller = EncoderDistiller(teacher, student, pairs=True)
     torch.nn.init.normal_(distiller.pair_head.weight)
     pairs = [(TEXTS[n], TEXTS[n + 7]) for n in range(4)]
     texts = {"text": [TEXTS[20], *(first for first, _ in pairs)], "second": [None, *(second for _, second in pairs)]}
@@ -344,7 +344,8 @@ def test_pairs_learn_the_similarity_that_the_teacher_gives_their_texts(
 
 def test_a_batch_without_pairs_has_no_loss_of_them_and_a_gradient_of_zero(make_student, wordpiece, teacher_folder):
     student = make_student(wordpiece)
-    distiller = EncoderDistiller(Teacher(str(teacher_folder), sep_token_id=wordpiece.sep_token_id), student)
+    teacher = Teacher(str(teacher_folder), sep_token_id=wordpiece.sep_token_id)
+    distiller = EncoderDistiller(teacher, student, pairs=True)
     batch = AlignedCollator(wordpiece)(list(pack(TEXTS[:3], wordpiece, None)))
     batch["clean_ids"] = batch["input_ids"]
     inputs = (batch["input_ids"], batch["attention_mask"], batch["position_ids"])

@@ -1,5 +1,6 @@
 """What the benchmarks of the checkpoints count and run."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,8 @@ def test_answers_are_those_of_the_pipeline(make_model, tokenizer, tmp_path):
 # ---- Embedders
 
 
-def test_an_embedder_runs_in_onnx_with_the_same_vectors(make_model, tokenizer, tmp_path):
+@pytest.mark.parametrize("layers", [None, 2])
+def test_every_form_of_an_embedder_has_the_same_vectors(make_model, tokenizer, tmp_path, layers):
     sentence_transformers = pytest.importorskip("sentence_transformers", reason="needs sentence-transformers")
     pytest.importorskip("onnxruntime", reason="needs onnxruntime")
     script = load_script("embedding", BENCHMARKS)
@@ -69,9 +71,12 @@ def test_an_embedder_runs_in_onnx_with_the_same_vectors(make_model, tokenizer, t
     torch.manual_seed(0)
     write_embedder(folder, torch.nn.Linear(32, 24), 16)
     name = str(folder / "sentence-transformer")
-    expected = sentence_transformers.SentenceTransformer(name, device="cpu").encode(TEXTS[:5])
-    fp32, int8 = script.in_onnx(name, tmp_path).values()
+    depth = {"config_kwargs": {"num_hidden_layers": layers}} if layers else {}
+    expected = sentence_transformers.SentenceTransformer(name, device="cpu", **depth).encode(TEXTS[:5])
+    bf16, fp32, int8 = script.other_forms(name, layers, tmp_path / "onnx").values()
     assert abs(fp32.encode(TEXTS[:5]) - expected).max() < 1e-4
+    assert 1e-4 < abs(bf16.encode(TEXTS[:5], convert_to_tensor=True).float().numpy() - expected).max() < 0.05
+    assert bf16.megabytes == pytest.approx(script.load(name).megabytes / 2)
     assert 1e-4 < abs(int8.encode(TEXTS[:5]) - expected).max() < 0.2
     assert int8.megabytes < 0.6 * fp32.megabytes
 
@@ -89,3 +94,39 @@ def test_correlation_is_of_cosines(tmp_path):
     assert script.correlate(Model(), f"{path}:a:b:score") == pytest.approx(100)
     path.write_text("a,b,score\nx,x,0.1\nx,xy,0.5\nx,y,0.9\n")
     assert script.correlate(Model(), f"{path}:a:b:score") == pytest.approx(-100)
+
+
+def test_the_plot_has_a_point_for_every_model_and_form(tmp_path):
+    script = load_script("embedding", BENCHMARKS)
+    models = {
+        name: {"scores": {"stsb": 80 + n}, "megabytes": 1 + n, "one sentence": {"milliseconds": 10 - n}}
+        for n, name in enumerate(("a", "a, bf16", "b"))
+    }
+    figure = script.plot({**models, "BM25": {"scores": {"scifact": 60}}}, "stsb", "one sentence")
+    left, right = ([tuple(zip(*line.get_data(), strict=True)) for line in axes.lines] for axes in figure.axes)
+    assert left == [((10, 80),), ((9, 81),), ((8, 82),)] and right == [((1, 80),), ((2, 81),), ((3, 82),)]
+
+
+def test_a_table_of_depths_has_the_scores_of_every_seed(make_model, tokenizer, tmp_path, capsys, monkeypatch):
+    """Fine-tuned with and without smaller depths, by the script that users run."""
+    script = load_script("depth", BENCHMARKS)
+    folder = make_folder(make_model, tokenizer, ModernAlbertForMaskedLM, tmp_path / "model")
+    for name, texts in (("train", TEXTS[:24]), ("validation", TEXTS[24:50])):
+        rows = "".join(f"{text}\t{n % 2}\n" for n, text in enumerate(texts))
+        (tmp_path / f"{name}.tsv").write_text("text\tlabel\n" + rows)
+    files = {f"{name}_files": [str(tmp_path / f"{name}.tsv")] for name in ("train", "validation")}
+    task = {"script": "run_glue", "do_train": True, "max_steps": 2, "text_columns": ["text"], "use_cpu": True, **files}
+    task |= {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "max_length": 32}
+    (tmp_path / "tasks.json").write_text(json.dumps({"parity": task}))
+    # The scripts, without a process for each
+    monkeypatch.setattr(script, "start_script", lambda name, *arguments: load_script(name).main(list(arguments)))
+    flags = ["--model", str(folder), "--tasks", str(tmp_path / "tasks.json"), "--only", "parity", "--seeds", "0", "1"]
+    flags += ["--learning_rate", "1e-3", "--repeats", "1", "--processes", "1", "--output_dir", str(tmp_path / "out")]
+    script.main(flags)
+    found = json.loads((tmp_path / "out" / "depth.json").read_text())
+    assert {kind: list(depths) for kind, depths in found["scores"]["parity"].items()} == {
+        "full depth alone": ["2", "4"],
+        "elastic": ["2", "4"],
+    }
+    assert all(len(scores) == 2 for depths in found["scores"]["parity"].values() for scores in depths.values())
+    assert "| 2 layers |" in capsys.readouterr().out

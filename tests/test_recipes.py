@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from itertools import pairwise
 
 import pytest
 import yaml
@@ -15,7 +16,7 @@ from modernalbert.training.cli import parse_arguments
 
 FILES = {path.stem: path for path in (ROOT / "recipes").glob("*.yaml")}
 RECIPES = {name: path for name, path in FILES.items() if name in PRESETS}
-CHECKPOINTS = ("modernalbert-nano-embed", "modernalbert-nano")
+CHECKPOINTS = ("modernalbert-nano-embed", "modernalbert-nano-embed-elastic", "modernalbert-nano")
 PAPER = sorted(set(PRESETS) - {"nano"})
 
 
@@ -64,10 +65,12 @@ def test_recipe_of_nano_runs_on_a_cpu():
 
 
 def test_recipes_of_the_checkpoints_build_on_each_other():
-    embedder, nano = (yaml.safe_load(FILES[name].read_text()) for name in CHECKPOINTS)
+    recipes = [yaml.safe_load(FILES[name].read_text()) for name in CHECKPOINTS]
     collection = yaml.safe_load(FILES["nano-texts"].read_text())
     texts = [f"runs/nano-texts/{name}.jsonl" for name in collection["texts"]]
-    assert nano["model_name_or_path"] == embedder["output_dir"]
-    for name, recipe in zip(CHECKPOINTS, (embedder, nano), strict=True):
-        assert recipe["train_data"] == texts and recipe["output_dir"] == f"runs/{name}"
-        assert f"--config recipes/{name}.yaml" in FILES[name].read_text()
+    for before, after in pairwise(recipes):
+        assert after["model_name_or_path"] == before["output_dir"]
+    for name, recipe in zip(CHECKPOINTS, recipes, strict=True):
+        assert recipe["train_data"] == texts[: 4 if "pair_column" in recipe else 3]
+        assert recipe["output_dir"] == f"runs/{name}" and f"--config recipes/{name}.yaml" in FILES[name].read_text()
+    assert texts[3].endswith("/pairs.jsonl")

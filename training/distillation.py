@@ -280,9 +280,10 @@ class EncoderDistiller:
         teacher: Frozen.
         student: What is trained; the projections and the head of pairs become its modules `teacher_projections` and
             `pair_head`, so that they are trained and kept in checkpoints; see `remove_heads`.
+        pairs: Whether the similarity of pairs is a term; the teacher needs its `sep_token_id`.
     """
 
-    def __init__(self, teacher: Teacher, student: PreTrainedModel):
+    def __init__(self, teacher: Teacher, student: PreTrainedModel, pairs: bool = False):
         self.teacher = teacher
         hidden_size = student.config.hidden_size
         widths = dict.fromkeys([teacher.encoder.config.hidden_size, teacher.width])
@@ -291,7 +292,7 @@ class EncoderDistiller:
             nn.init.normal_(projection.weight, std=hidden_size**-0.5)
             nn.init.zeros_(projection.bias)
         self.pair_head = None
-        if teacher.sep_token_id is not None:
+        if pairs:
             self.pair_head = student.pair_head = nn.Linear(hidden_size, 1)
             nn.init.zeros_(self.pair_head.weight)
             nn.init.constant_(self.pair_head.bias, 0.5)
@@ -311,7 +312,7 @@ class EncoderDistiller:
         return int(words), int(starts.sum())
 
     def __call__(self, inputs: dict, outputs: Any, num_words: int, num_sequences: int) -> dict[str, torch.Tensor]:
-        """The terms `hidden_loss`, `pooled_loss` and, where there may be pairs, `pair_loss`, scalars.
+        """The terms `hidden_loss`, `pooled_loss` and, with `pairs`, `pair_loss`, scalars.
 
         Args:
             inputs: A batch of `AlignedCollator`, with the clean `input_ids` as `clean_ids`.
