@@ -284,6 +284,11 @@ def load_teacher(
                     f"the teacher '{args.teacher}' sees masked rows, which differ each time: leave `teacher_cache` out"
                 )
             return distiller, None
+    if args.pair_column is not None and teacher_tokenizer.sep_token_id is None:
+        raise ValueError(
+            f"the tokenizer of the teacher '{args.teacher}' has no `sep_token`, which parts the texts of a pair: leave "
+            "`pair_column` out"
+        )
     teacher = Teacher(
         args.teacher,
         dtype,

@@ -672,3 +672,38 @@ def test_clean_sequences_need_a_teacher(command, tmp_path):
     without = [value for value in command if value != "--teacher" and "bert" not in value]
     with pytest.raises(ValueError, match="`masked_share` must be 1"):
         load_script("pretrain").main([*without, "--masked_share", "0.5", "--output_dir", str(tmp_path / "run")])
+
+
+def test_the_script_learns_from_pairs(command, tmp_path):
+    """Some rows are pairs; the head of their similarity is left in no model."""
+    rows = [{"text": text, **({"text_pair": TEXTS[n // 2]} if n % 2 else {})} for n, text in enumerate(TEXTS)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = ["--train_data", str(tmp_path / "pairs.jsonl"), "--pair_column", "text_pair", "--max_length", "64"]
+    script = load_script("pretrain")
+    results = script.main([*command, *pairs, "--output_dir", str(tmp_path / "run")])
+    assert results["pair_loss"] > 0
+    _, info = ModernAlbertForMaskedLM.from_pretrained(tmp_path / "run", output_loading_info=True)
+    assert not info["unexpected_keys"] and not info["missing_keys"]
+    without = script.main([*command, *pairs, "--pair_weight", "0", "--output_dir", str(tmp_path / "without")])
+    assert "pair_loss" not in without and without["hidden_loss"] > 0
+    alone = [value for value in command if value != "--teacher" and "bert" not in value]
+    assert "hidden_loss" not in script.main([*alone, *pairs, "--output_dir", str(tmp_path / "alone")])
+
+
+def test_pairs_need_a_token_that_parts_them(command, tmp_path, teacher_folder):
+    shutil.copytree(teacher_folder, tmp_path / "teacher")
+    settings = json.loads((tmp_path / "teacher" / "tokenizer_config.json").read_text())
+    settings.pop("sep_token")
+    (tmp_path / "teacher" / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="has no `sep_token`, which parts the texts of a pair"):
+        load_script("pretrain").main(
+            [
+                *command,
+                "--teacher",
+                str(tmp_path / "teacher"),
+                "--pair_column",
+                "b",
+                "--output_dir",
+                str(tmp_path / "run"),
+            ]
+        )

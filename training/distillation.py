@@ -246,12 +246,12 @@ def split_pairs(input_ids: torch.Tensor, mask: torch.Tensor, sep_token_id: int) 
         sep_token_id: `[SEP]`; some tokenizers write two between the texts.
 
     Returns:
-        Which sequences are pairs, and lengths and tokens of their first texts, then of their second ones, padded with 0:
-        `[2, 2 * pairs, length]`, the tokens and their mask.
+        Which sequences are pairs, and tokens and mask of their first texts, then of their second ones, padded with 0,
+        `[2, 2 * pairs, length]`.
     """
     pairs, firsts, seconds = [], [], []
     for index, (row, length) in enumerate(zip(input_ids.tolist(), mask.sum(dim=1).tolist(), strict=True)):
-        end = row.index(sep_token_id) + 1
+        end = row.index(sep_token_id) + 1 if sep_token_id in row else length
         start = end + (row[end : end + 1] == [sep_token_id])
         if start < length:
             pairs.append(index)
@@ -299,7 +299,7 @@ class EncoderDistiller:
         self.projection, self.pooled_projection = student.teacher_projections[0], student.teacher_projections[-1]
 
     def remove_heads(self, student: PreTrainedModel) -> None:
-        """Takes the modules of the distillation, which are of no use to a head, out of the student."""
+        """Takes the modules of the distillation out of the student, which has no further use for them."""
         del student.teacher_projections
         if self.pair_head is not None:
             del student.pair_head
