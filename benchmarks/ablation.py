@@ -8,7 +8,8 @@ Every variant is pretrained on the same tokens, by `scripts/pretrain.py`: with t
 from scratch, or with `--teacher` from the layers of a ModernBERT, by `scripts/init_from_teacher.py`; only `depth_lora`
 takes its LoRAs from there as well (as Relaxed Recursive Transformers do), experts begin as corrections of nothing.
 `unshared` has the widths of the others, and weights for every layer it runs; it says what sharing costs. Variants that
-end in `-matched` are brought to the parameters of `mol`. With `--tasks`, written as for `benchmarks/merging.py`, the
+end in `-matched` are brought to the parameters of `mol`. With `--distil`, they learn the states of an encoder from scratch, on
+clean text, which has less noise than masked words: the loss is 1 - cosine of tokens plus that of pooled texts. With `--tasks`, written as for `benchmarks/merging.py`, the
 models are then fine-tuned.
 
 The command can be given again: a run that has ended is kept, one that was stopped is resumed. Writes `ablation.json`,
@@ -48,7 +49,7 @@ from scipy.stats import t
 from modernalbert import ModernAlbertConfig, ModernAlbertModel
 from modernalbert.configuration_modernalbert import PRESETS
 from modernalbert.tokenization import load_tokenizer, padded_vocab_size
-from modernalbert.training.cli import run_script
+from modernalbert.training.cli import parse_json, run_script
 from modernalbert.training.reports.html import draw_panels
 from modernalbert.training.reports.routing import describe_routing, draw_group, read_batches
 from modernalbert.training.runs import write_json, write_text
@@ -110,16 +111,18 @@ def match_parameters(config: ModernAlbertConfig, total: int) -> ModernAlbertConf
     return matched
 
 
-def overrides(name: str, preset: str, vocab_size: int) -> dict[str, Any]:
-    """All fields in which a variant's configuration differs from its preset's."""
-    fields = dict(VARIANTS[name])
+def overrides(name: str, preset: str, vocab_size: int, shape: dict[str, Any] | None = None) -> dict[str, Any]:
+    """All fields in which a variant's configuration differs from its preset's; `shape` are those of all variants."""
+    shape = shape or {}
+    fields = {**shape, **VARIANTS[name]}
     sizes = {"vocab_size": vocab_size, "pad_token_id": None}  # the preset's may lie outside another vocabulary
+    sizes |= shape
     base = ModernAlbertConfig.preset(preset, **sizes)
     if name == "unshared":
         mol = [layer for layer in range(base.num_hidden_layers) if layer // base.layers_per_group in base.mol_groups]
         fields |= {"num_hidden_groups": base.num_hidden_layers, "mol_groups": mol}
     elif name.endswith("-matched"):
-        config = match_parameters(ModernAlbertConfig.preset(preset, **sizes, **fields), base.num_parameters())
+        config = match_parameters(ModernAlbertConfig.preset(preset, **{**sizes, **fields}), base.num_parameters())
         fields |= {field: getattr(config, field) for field in ("expert_rank", "mol_intermediate_size")}
         fields["expert_alpha"] = base.expert_alpha * config.expert_rank / base.expert_rank  # the scale of `mol`
     return fields
@@ -135,7 +138,8 @@ def initial_folder(args: Namespace, name: str, seed: int) -> Path:
 
 def model_arguments(args: Namespace, name: str) -> tuple[str, ...]:
     """Arguments of a script that builds a variant."""
-    fields = overrides(name, args.preset, padded_vocab_size(load_tokenizer(args.output_dir / "tokenizer")))
+    vocab_size = padded_vocab_size(load_tokenizer(args.output_dir / "tokenizer"))
+    fields = overrides(name, args.preset, vocab_size, parse_json("config_overrides", args.config_overrides))
     return ("--preset", args.preset, "--config_overrides", json.dumps(fields))
 
 
@@ -155,12 +159,14 @@ def train(args: Namespace, name: str, rate: float, seed: int) -> None:
         model = ("--model_name_or_path", str(initial_folder(args, name, seed)))
     else:
         model = model_arguments(args, name)
+    if args.distil:
+        model += ("--teacher", args.distil, "--masked_share", "0", "--bf16", "true")
     pretrain(args, folder, args.steps, seed, rate, *model)
     print(f"{folder.name}: {read_losses(folder)}, {time.perf_counter() - begin:.0f} s", flush=True)
 
 
 def read_losses(folder: Path) -> dict[str, float]:
-    """Last masked-LM loss of a run that has ended, by validation source."""
+    """Last loss of a run that has ended, by validation source."""
     return {source: curve[-1][1] for source, curve in read_curve(folder).items()}
 
 
@@ -252,7 +258,8 @@ def collect(args: Namespace, tasks: list[str]) -> dict[str, Any]:
         }
         for folder in folders:
             for source, loss in read_losses(folder).items():
-                measures.setdefault(f"masked-LM loss, {source}", {}).setdefault(name, []).append(loss)
+                kind = "distillation" if args.distil else "masked-LM"
+                measures.setdefault(f"{kind} loss, {source}", {}).setdefault(name, []).append(loss)
         for task in tasks:
             found = [best_run(args, name, seed, task) / "results.json" for seed in args.seeds]
             scores = [100 * next(iter(json.loads(path.read_text())["scores"].values())) for path in found]
@@ -265,7 +272,7 @@ def tabulate(results: dict[str, Any]) -> str:
     """Markdown: for each measure a table of the variants and one of the pairs."""
     tables = []
     for measure, figures in results["measures"].items():
-        digits = 3 if "loss" in measure else 1
+        digits = 4 if "distillation" in measure else 3 if "loss" in measure else 1
 
         def number(value, half, sign="", digits=digits):
             return f"{value:{sign}.{digits}f}" + (f" ± {half:.{digits}f}" if half is not None else "")
@@ -305,7 +312,7 @@ def draw_results(results: dict[str, Any]) -> list[Callable]:
                 losses = [loss - other for (_, loss), (_, other) in zip(points, others, strict=True)]
                 axes.plot([count / 1e6 for count, _ in points], losses, marker=".", label=name)
             title = f"loss, {source}" + (f", minus {minus}" if minus else "")
-            axes.set(title=title, xlabel="tokens (M)", ylabel="nats")
+            axes.set(title=title, xlabel="tokens (M)", ylabel="loss")
             axes.legend(fontsize="x-small")
 
         return panel
@@ -349,6 +356,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--train_data", nargs="+", required=True)
     parser.add_argument("--validation_data", nargs="+", required=True)
     parser.add_argument("--teacher", help="ModernBERT to start from; from scratch without one")
+    parser.add_argument("--distil", help="encoder or SentenceTransformer to distil from, in place of masked words")
+    parser.add_argument(
+        "--config_overrides", default="{}", help="fields of all variants that differ from the preset's"
+    )
     parser.add_argument("--tasks", help="JSON file, see above")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/benchmark-ablation"))
     parser.add_argument("--preset", choices=PRESETS, default="nano", help="shape, of which the variants differ")
@@ -364,18 +375,21 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--validation_examples", type=count, default=2000, help="of each task")
     parser.add_argument("--processes", type=count, default=2, help="runs at a time, one thread each")
     args = parser.parse_args(argv)
+    if args.teacher and args.distil:
+        parser.error("--distil is from scratch: leave --teacher out")
     tasks = read_tasks(args.tasks, "train_files", "validation_files")
     chosen = ("variants", "steps", "learning_rates", "seeds")  # the folders of the runs tell these apart
-    bind_folder(args, tasks, ignore=chosen, models=[args.teacher] if args.teacher else [])
+    bind_folder(args, tasks, ignore=chosen, models=[model for model in (args.teacher, args.distil) if model])
 
     def run_all(function: Callable, jobs: list[tuple]) -> None:
         run_jobs(args.processes, function, [(args, *job) for job in jobs])
 
-    if args.teacher:
-        load_tokenizer(args.teacher).save_pretrained(args.output_dir / "tokenizer")
-        run_all(initialise, [(name, seed) for name in args.variants for seed in args.seeds])
+    if args.teacher or args.distil:
+        load_tokenizer(args.teacher or args.distil).save_pretrained(args.output_dir / "tokenizer")
     else:
         train_tokenizer(args)
+    if args.teacher:
+        run_all(initialise, [(name, seed) for name in args.variants for seed in args.seeds])
     run_all(train, [(name, rate, args.seeds[0]) for name in args.variants for rate in args.learning_rates])
     rates = {name: next(iter(sweep(args, name))) for name in args.variants}
     run_all(train, [(name, rates[name], seed) for seed in args.seeds[1:] for name in args.variants])

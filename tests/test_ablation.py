@@ -63,7 +63,10 @@ def test_variants_differ_in_what_they_are_about(ablation, preset):
 
 @pytest.fixture
 def args(tmp_path):
-    return Namespace(output_dir=tmp_path, variants=list(LOSSES), steps=1000, learning_rates=RATES, seeds=SEEDS)
+    shape = {"preset": "nano", "config_overrides": "{}", "distil": None}
+    return Namespace(
+        output_dir=tmp_path, variants=list(LOSSES), steps=1000, learning_rates=RATES, seeds=SEEDS, **shape
+    )
 
 
 @pytest.fixture
@@ -155,7 +158,8 @@ def test_variants_start_from_the_teacher(ablation, tmp_path, monkeypatch):
     )
     monkeypatch.setattr(ablation, "read_losses", lambda folder: {})
     save_tokenizer(train_tokenizer(["A text."], vocab_size=300, model_max_length=64), tmp_path / "tokenizer")
-    args = Namespace(output_dir=tmp_path, preset="nano", teacher="runs/teacher", steps=10)
+    shape = {"preset": "nano", "config_overrides": "{}", "distil": None}
+    args = Namespace(output_dir=tmp_path, teacher="runs/teacher", steps=10, **shape)
     for name in ablation.VARIANTS:
         ablation.initialise(args, name, 7)
         script, *words = commands[str(tmp_path / f"{name}-start-7")]
@@ -170,6 +174,28 @@ def test_variants_start_from_the_teacher(ablation, tmp_path, monkeypatch):
     (tmp_path / "mol-start-7").mkdir()
     ablation.initialise(args, "mol", 7)
     assert not commands
+
+
+def test_variants_of_another_shape_are_distilled_from_scratch(ablation, tmp_path, monkeypatch):
+    """With the same widths but for what they are about, and at the parameters of `mol` where they are matched."""
+    words = []
+    monkeypatch.setattr(ablation, "pretrain", lambda args, folder, steps, seed, rate, *given: words.append(given))
+    monkeypatch.setattr(ablation, "read_losses", lambda folder: {})
+    save_tokenizer(train_tokenizer(["A text."], vocab_size=300, model_max_length=64), tmp_path / "tokenizer")
+    shape = {"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 12, "mol_intermediate_size": 96}
+    args = Namespace(output_dir=tmp_path, preset="nano", teacher=None, distil="runs/encoder", steps=10)
+    args.config_overrides = json.dumps(shape)
+    configs = {}
+    for name in ("mol", "none-matched", "moa-matched", "unshared"):
+        ablation.train(args, name, 1e-3, 7)
+        given = dict(zip(words[-1][::2], words[-1][1::2], strict=True))
+        assert given["--teacher"] == "runs/encoder" and given["--masked_share"] == "0"
+        configs[name] = ModernAlbertConfig.preset("nano", **json.loads(given["--config_overrides"]))
+    assert {(c.hidden_size, c.num_hidden_layers) for c in configs.values()} == {(64, 12)}
+    assert configs["mol"].mol_intermediate_size == 96 and configs["unshared"].num_hidden_groups == 12
+    size = configs["mol"].num_parameters()
+    for name in ("none-matched", "moa-matched"):
+        assert abs(configs[name].num_parameters() - size) <= 0.02 * size
 
 
 def test_a_failed_job_ends_the_study(ablation):
