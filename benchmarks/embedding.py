@@ -80,7 +80,7 @@ def plot(figures: dict[str, dict], column: str, batch: str) -> Figure:
         for index, (name, facts) in enumerate(measured.items()):
             x = facts[batch]["milliseconds"] if label != "MB" else facts["megabytes"]
             axes.plot(x, facts["scores"][column], "os^Dvp*"[index // 10 % 7], color=f"C{index % 10}", label=name)
-        axes.set(xlabel=label, xscale="log")
+        axes.set(xlabel=label, xlim=(0, None))
         axes.grid(alpha=0.3)
     panels[0].set_ylabel(f"{column}, Spearman")
     panels[1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
