@@ -16,7 +16,12 @@ from modernalbert.training.cli import parse_arguments
 
 FILES = {path.stem: path for path in (ROOT / "recipes").glob("*.yaml")}
 RECIPES = {name: path for name, path in FILES.items() if name in PRESETS}
-CHECKPOINTS = ("modernalbert-nano-embed", "modernalbert-nano-embed-elastic", "modernalbert-nano")
+CHECKPOINTS = (
+    "modernalbert-nano-embed",
+    "modernalbert-nano-embed-elastic",
+    "modernalbert-nano-pairs",
+    "modernalbert-nano",
+)
 PAPER = sorted(set(PRESETS) - {"nano"})
 
 
