@@ -1,4 +1,4 @@
-"""What `modernalbert-nano` and `modernalbert-nano-embed` are for, without network, in two minutes on two CPU cores.
+"""What `modernalbert-nano` and `modernalbert-nano-embed` are for, without network, in two to three minutes on two cores.
 
     python scripts/quickstart.py --output_dir runs/quickstart
 
