@@ -363,15 +363,13 @@ def merge_experts(
         upcast = torch.promote_types(block.mlp.Wi.weight.dtype, torch.float32)
         mixture = copy.deepcopy(block.mlp).eval().to(upcast)
         given = None if weights is None else torch.tensor(weights[index], dtype=upcast)
-        own = None
-        if states[index] is not None:
-            depths = [part.to(upcast) for part in states[index]]
-            own = torch.cat(depths)
+        if per_depth:
+            adapters = [merge_layer(mixture, method, part.to(upcast), given, rank) for part in states[index]]
+            block.mlp = fold_by_depth(config, block.mlp, adapters)
+            continue
+        own = None if states[index] is None else torch.cat(states[index]).to(upcast)
         if method == "cluster":
             reduce_experts(block.mlp, mixture, own, num_experts)
-        elif per_depth:
-            adapters = [merge_layer(mixture, method, part, given, rank) for part in depths]
-            block.mlp = fold_by_depth(config, block.mlp, adapters)
         else:
             adapter = merge_layer(mixture, method, own, given, rank)
             if fold:

@@ -17,7 +17,9 @@ import torch
 import transformers
 from rich.console import Console
 from rich.progress import track
+from transformers import ModernBertConfig
 
+from modernalbert import ModernAlbertConfig
 from modernalbert.mixture_modernalbert import ModernAlbertExperts
 from modernalbert.training.data import find_files, is_local, read_rows
 from modernalbert.training.runs import describe_model, hash_file, lock_folder, read_json, write_json
@@ -189,6 +191,18 @@ def fine_tune(model: str | Path, task: dict, output_dir: Path, seed: int, epochs
     settings |= {"learning_rate": 5e-4, "warmup_steps": 0.1, "num_train_epochs": epochs, "max_length": 96}
     settings |= {"per_device_train_batch_size": 32, "per_device_eval_batch_size": 64, "save_strategy": "no"}
     start_script("run_glue", *to_flags(settings | QUIET | task))
+
+
+# ---- Models
+
+
+def modernbert_config(config: ModernAlbertConfig) -> ModernBertConfig:
+    """ModernBERT that multiplies as much as a ModernALBERT without experts."""
+    mol_share = len(config.mol_groups) / config.num_hidden_groups
+    width = mol_share * config.mol_intermediate_size + (1 - mol_share) * config.intermediate_size
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "layer_types", "local_attention")
+    names += tuple(f"{token}_token_id" for token in ("pad", "bos", "eos", "cls", "sep"))
+    return ModernBertConfig(**{name: getattr(config, name) for name in names}, intermediate_size=8 * round(width / 8))
 
 
 # ---- Timing

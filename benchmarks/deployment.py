@@ -20,8 +20,17 @@ import onnxruntime
 import torch
 import torch.nn.functional as F
 import transformers
-from common import count, describe_machine, fill_experts, format_table, interleave, make_batches, ratio
-from transformers import ModernBertConfig, ModernBertForSequenceClassification
+from common import (
+    count,
+    describe_machine,
+    fill_experts,
+    format_table,
+    interleave,
+    make_batches,
+    modernbert_config,
+    ratio,
+)
+from transformers import ModernBertForSequenceClassification
 
 from modernalbert import ModernAlbertConfig, ModernAlbertForMaskedLM, ModernAlbertForSequenceClassification
 from modernalbert.tokenization import load_tokenizer
@@ -32,15 +41,6 @@ from modernalbert.training.packing import TokenMasker, pack_texts
 
 
 BASE = "ModernBERT, PyTorch fp32"
-
-
-def modernbert_config(config: ModernAlbertConfig) -> ModernBertConfig:
-    """ModernBERT that multiplies as much as a ModernALBERT without experts."""
-    mol_share = len(config.mol_groups) / config.num_hidden_groups
-    width = mol_share * config.mol_intermediate_size + (1 - mol_share) * config.intermediate_size
-    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "layer_types", "local_attention")
-    names += tuple(f"{token}_token_id" for token in ("pad", "bos", "eos", "cls", "sep"))
-    return ModernBertConfig(**{name: getattr(config, name) for name in names}, intermediate_size=8 * round(width / 8))
 
 
 def forms_of(model: torch.nn.Module) -> dict[str, torch.nn.Module]:

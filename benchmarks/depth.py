@@ -94,10 +94,18 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"'{args.model}' must be a ModernALBERT whose groups run several times")
     depths = list(range(config.num_hidden_groups, config.num_hidden_layers + 1, config.num_hidden_groups))
 
+    def folder_of(name: str, kind: str) -> Path:
+        return args.output_dir / name / kind.replace(" ", "-")
+
+    def scored_folder(folder: Path, model: Path, depth: int) -> Path:
+        """Where the scores of a trained model lie: its own folder for the full depth."""
+        full = depth == depths[-1]
+        return model if full else folder.with_name(f"{folder.name}-{depth}-layers") / model.name
+
     def run(name: str, kind: str) -> None:
         settings = {**common, **tasks[name]}
         script = settings.pop("script")
-        folder = args.output_dir / name / kind.replace(" ", "-")
+        folder = folder_of(name, kind)
         training = {"model_name_or_path": args.model, "seeds": args.seeds, "elastic_depth": KINDS[kind]}
         training |= {"learning_rate": args.learning_rate, "output_dir": str(folder)}
         start_script(script, *to_flags(settings | training))
@@ -105,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
         for model in trained_models(folder):
             for depth in depths[:-1]:
                 scored = {"model_name_or_path": str(model), "num_hidden_layers": depth}
-                scored["output_dir"] = str(args.output_dir / name / f"{folder.name}-{depth}-layers" / model.name)
+                scored["output_dir"] = str(scored_folder(folder, model, depth))
                 start_script(script, *to_flags(scoring | scored))
 
     run_jobs(args.processes, run, [(name, kind) for name in args.only for kind in KINDS])
@@ -114,13 +122,10 @@ def main(argv: list[str] | None = None) -> None:
     header = [""]
     for name in args.only:
         for kind in KINDS:
-            folder = args.output_dir / name / kind.replace(" ", "-")
+            folder = folder_of(name, kind)
             header.append(f"{name}, {kind}")
             for depth in depths:
-                folders = [
-                    model if depth == depths[-1] else folder.with_name(f"{folder.name}-{depth}-layers") / model.name
-                    for model in trained_models(folder)
-                ]
+                folders = [scored_folder(folder, model, depth) for model in trained_models(folder)]
                 found = [100 * next(iter(read_json(path / "results.json")["scores"].values())) for path in folders]
                 figures["scores"].setdefault(name, {}).setdefault(kind, {})[depth] = found
                 spread = f" ± {stdev(found):.1f}" if len(found) > 1 else ""

@@ -128,12 +128,12 @@ def main(argv: list[str] | None = None) -> None:
     models = {}
     with tempfile.TemporaryDirectory() as scratch:
         for name in args.models:
-            models[Path(name).name] = load(name)
-            known = models[Path(name).name][0].auto_model.config.model_type == "modernalbert"
-            for layers in [None, *args.num_hidden_layers] if known else []:
+            model = load(name)
+            known = model[0].auto_model.config.model_type == "modernalbert"
+            for layers in [None, *(args.num_hidden_layers if known else [])]:
                 title = Path(name).name + (f", {layers} layers" if layers else "")
-                models[title] = load(name, layers)
-                if args.forms:
+                models[title] = load(name, layers) if layers else model
+                if args.forms and known:
                     found = other_forms(name, layers, Path(scratch) / title)
                     models |= {f"{title}, {form}": model for form, model in found.items()}
         batches = {"one sentence": [SENTENCE], "32 sentences": [f"{n} {SENTENCE[: 20 + n]}" for n in range(32)]}

@@ -14,10 +14,10 @@ sources of which no text may be in any output:
       - {source: nyu-mll/glue:sst2, split: validation, columns: [sentence]}
 
 A source is what the other scripts read, local files or a data set of the Hub, with its `split` (train). `sample` draws so
-many of its texts. `cut` makes passages of one to six sentences, or all, of each text. An output holds a text once, in
-random order. `pairs` makes pairs of the texts of two columns, `text` and `text_pair`, for `pretrain.py --pair_column
-text_pair`; a pair is left out if one of its texts is. A text is left out if its words, without case and punctuation, are those of a held-out text, or contain
-all words of one of at least six.
+many of its texts. `cut` makes passages of one to six sentences, or all, of each text. `pairs` makes pairs of two columns,
+`text` and `text_pair`, for `pretrain.py --pair_column text_pair`. An output holds a text once, in random order. A text is left
+out if its words, without case and punctuation, are those of a held-out text, or contain all words of one of at least six; a
+pair is left out if one of its texts is.
 """
 
 import json

@@ -25,7 +25,7 @@ from modernalbert.training.alignment import (
     split_texts,
     words_of_tokens,
 )
-from modernalbert.training.distillation import EncoderDistiller, Teacher, split_pairs, start_from_table
+from modernalbert.training.distillation import EncoderDistiller, Teacher, start_from_table, texts_of_pairs
 from modernalbert.training.packing import TokenMasker
 from modernalbert.training.pretraining import PretrainingTrainer
 from modernalbert.training.teacher_cache import StateCache
@@ -361,8 +361,8 @@ def test_pairs_are_split_into_sequences_of_their_own(between):
     length = max(map(len, rows))
     ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
-    pairs, (texts, text_mask) = split_pairs(ids, mask, 3)
-    found = [text[kept.bool()].tolist() for text, kept in zip(texts, text_mask, strict=True)]
+    pairs, texts = texts_of_pairs(ids, mask, 3)
+    found = [text.tolist() for text in texts]
     assert pairs == [0, 2] and found == [[2, 7, 8, 3], [2, 5, 3], [2, 9, 3], [2, 6, 6, 6, 3]]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, PreTrainedModel
 
 from .alignment import NO_WORD
@@ -237,7 +238,9 @@ class Teacher(nn.Module):
         return states, vectors
 
 
-def split_pairs(input_ids: torch.Tensor, mask: torch.Tensor, sep_token_id: int) -> tuple[list[int], torch.Tensor]:
+def texts_of_pairs(
+    input_ids: torch.Tensor, mask: torch.Tensor, sep_token_id: int
+) -> tuple[list[int], list[torch.Tensor]]:
     """The texts of pairs, each as a sequence of its own.
 
     Args:
@@ -246,22 +249,18 @@ def split_pairs(input_ids: torch.Tensor, mask: torch.Tensor, sep_token_id: int) 
         sep_token_id: `[SEP]`; some tokenizers write two between the texts.
 
     Returns:
-        Which sequences are pairs, and tokens and mask of their first texts, then of their second ones, padded with 0,
-        `[2, 2 * pairs, length]`.
+        Which sequences are pairs; the tokens of their first texts, then of their second ones.
     """
     pairs, firsts, seconds = [], [], []
-    for index, (row, length) in enumerate(zip(input_ids.tolist(), mask.sum(dim=1).tolist(), strict=True)):
-        end = row.index(sep_token_id) + 1 if sep_token_id in row else length
-        start = end + (row[end : end + 1] == [sep_token_id])
+    for index, (row, length) in enumerate(zip(input_ids, mask.sum(dim=1).tolist(), strict=True)):
+        tokens = row[:length].tolist()
+        end = tokens.index(sep_token_id) + 1 if sep_token_id in tokens else length
+        start = end + (tokens[end : end + 1] == [sep_token_id])
         if start < length:
             pairs.append(index)
             firsts.append(row[:end])
-            seconds.append(row[:1] + row[start:length])
-    split = input_ids.new_zeros(2, 2 * len(pairs), input_ids.shape[1])
-    for index, tokens in enumerate(firsts + seconds):
-        split[0, index, : len(tokens)] = input_ids.new_tensor(tokens)
-        split[1, index, : len(tokens)] = 1
-    return pairs, split
+            seconds.append(torch.cat([row[:1], row[start:length]]))
+    return pairs, firsts + seconds
 
 
 class EncoderDistiller:
@@ -349,11 +348,13 @@ class EncoderDistiller:
         pooled_loss = (1 - F.cosine_similarity(pooled, vectors, dim=-1)).sum() / num_sequences
         terms = {"hidden_loss": hidden_loss, "pooled_loss": pooled_loss}
         if self.pair_head is not None:
-            pairs, (texts, text_mask) = split_pairs(teacher_ids, mask, self.teacher.sep_token_id)
+            pairs, texts = texts_of_pairs(teacher_ids, mask, self.teacher.sep_token_id)
             predicted = self.pair_head(means).float()[pairs, 0]
             terms["pair_loss"] = predicted.sum()  # of no pair: 0, and part of the graph, as other processes expect
             if pairs:
-                _, vectors = self.teacher(texts, text_mask)
+                masks = [torch.ones_like(tokens) for tokens in texts]
+                ids, text_mask = (pad_sequence(part, batch_first=True) for part in (texts, masks))
+                _, vectors = self.teacher(ids, text_mask)
                 expected = F.cosine_similarity(*vectors.chunk(2), dim=-1)
                 terms["pair_loss"] = (predicted - expected).square().sum() / num_sequences
         return terms
