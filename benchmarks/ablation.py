@@ -161,13 +161,13 @@ def train(args: Namespace, name: str, rate: float, seed: int) -> None:
         model = model_arguments(args, name)
     if args.distil:
         model += ("--teacher", args.distil, "--masked_share", "0", "--bf16", "true")
-    pretrain(args, folder, args.steps, seed, rate, *model)
+    pretrain(args, folder, args.steps, seed, rate, *model, batch_size=args.batch_size)
     print(f"{folder.name}: {read_losses(folder)}, {time.perf_counter() - begin:.0f} s", flush=True)
 
 
 def read_losses(folder: Path) -> dict[str, float]:
     """Last loss of a run that has ended, by validation source."""
-    return {source: curve[-1][1] for source, curve in read_curve(folder).items()}
+    return {source: curve[-1][1] for source, curve in read_curve(folder, BATCH).items()}
 
 
 def sweep(args: Namespace, name: str) -> dict[float, float]:
@@ -241,7 +241,7 @@ def collect(args: Namespace, tasks: list[str]) -> dict[str, Any]:
         config = ModernAlbertConfig.from_pretrained(folders[0])
         curves = {}
         for folder in folders:
-            for source, curve in read_curve(folder).items():
+            for source, curve in read_curve(folder, args.batch_size).items():
                 curves.setdefault(source, []).append(curve)
         variants[name] = {
             "parameters": config.num_parameters(),
@@ -265,7 +265,12 @@ def collect(args: Namespace, tasks: list[str]) -> dict[str, Any]:
             scores = [100 * next(iter(json.loads(path.read_text())["scores"].values())) for path in found]
             measures.setdefault(task, {})[name] = scores
     measures = {measure: summarise(values, measure in tasks) for measure, values in measures.items()}
-    return {"tokens": args.steps * BATCH * LENGTH, "seeds": args.seeds, "variants": variants, "measures": measures}
+    return {
+        "tokens": args.steps * args.batch_size * LENGTH,
+        "seeds": args.seeds,
+        "variants": variants,
+        "measures": measures,
+    }
 
 
 def tabulate(results: dict[str, Any]) -> str:
@@ -364,9 +369,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("runs/benchmark-ablation"))
     parser.add_argument("--preset", choices=PRESETS, default="nano", help="shape, of which the variants differ")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=[v for v in VARIANTS if v not in OPTIONAL])
-    parser.add_argument(
-        "--steps", type=count, default=1000, help=f"of each run, of {BATCH} sequences x {LENGTH} tokens"
-    )
+    parser.add_argument("--steps", type=count, default=1000, help=f"of each run, of rows of {LENGTH} tokens")
+    parser.add_argument("--batch_size", type=count, default=BATCH, help="rows of a step")
     parser.add_argument("--learning_rates", type=positive, nargs="+", default=[1e-3, 2e-3, 4e-3])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--max_eval_samples", type=count, default=256)

@@ -27,8 +27,8 @@ from modernalbert.training.runs import describe_model, hash_file, lock_folder, r
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 BATCH, LENGTH, MASKED = 8, 128, 0.3  # sequences of a pretraining step, their tokens, share of masked tokens
-QUIET = {"use_cpu": True, "dataloader_pin_memory": False, "disable_tqdm": True, "report_to": "none"}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+QUIET = {"use_cpu": DEVICE == "cpu", "dataloader_pin_memory": False, "disable_tqdm": True, "report_to": "none"}
 
 
 # ---- Arguments
@@ -148,21 +148,27 @@ def train_tokenizer(args: Namespace) -> None:
         start_script("train_tokenizer", *to_flags({"files": args.train_data, **vocabulary, "output_dir": str(folder)}))
 
 
-def pretrain(args: Namespace, folder: Path, steps: int, seed: int, learning_rate: float, *arguments: str) -> None:
+def pretrain(
+    args: Namespace, folder: Path, steps: int, seed: int, rate: float, *arguments: str, batch_size: int = BATCH
+) -> None:
     """One run of `scripts/pretrain.py`, unless it has ended before. `arguments` say which model."""
     if (folder / "results.json").exists():
         return
     every = max(steps // 8, 1)
     settings = {"tokenizer": str(args.output_dir / "tokenizer"), "output_dir": str(folder), "seed": seed}
     settings |= {"train_data": args.train_data, "validation_data": args.validation_data, "max_length": LENGTH}
-    settings |= {"mlm_probability": MASKED, "per_device_train_batch_size": BATCH, "per_device_eval_batch_size": 32}
-    settings |= {"learning_rate": learning_rate, "decay_steps": 0.5, "weight_decay": 0.01, "max_steps": steps}
+    settings |= {
+        "mlm_probability": MASKED,
+        "per_device_train_batch_size": batch_size,
+        "per_device_eval_batch_size": 32,
+    }
+    settings |= {"learning_rate": rate, "decay_steps": 0.5, "weight_decay": 0.01, "max_steps": steps}
     settings |= {"eval_strategy": "steps", "eval_steps": every, "max_eval_samples": args.max_eval_samples}
     settings |= {"save_steps": every, "save_total_limit": 1, "logging_steps": 25}
     start_script("pretrain", *to_flags(settings | QUIET), *arguments)
 
 
-def read_curve(folder: Path) -> dict[str, list[tuple[int, float]]]:
+def read_curve(folder: Path, batch_size: int = BATCH) -> dict[str, list[tuple[int, float]]]:
     """Tokens and masked-LM loss at each evaluation of a pretraining run that has ended, by validation source."""
     checkpoint = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     curves = {}
@@ -170,7 +176,7 @@ def read_curve(folder: Path) -> dict[str, list[tuple[int, float]]]:
         for name, value in entry.items():
             if name.startswith("eval_") and name.endswith("loss"):
                 source = name.removeprefix("eval_").removesuffix("loss").strip("_") or "validation"
-                curves.setdefault(source, []).append((entry["step"] * BATCH * LENGTH, value))
+                curves.setdefault(source, []).append((entry["step"] * batch_size * LENGTH, value))
     return curves
 
 

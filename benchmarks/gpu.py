@@ -11,11 +11,13 @@ Stages run in the order of `--stages`. Each prints its tables and writes its JSO
 not end the others, and a part is not begun when the time is up.
 
 - `tests`: the tests of the suite that need a GPU.
-- `equality`: every attention implementation that is installed, in float32 and bf16, padded, packed, sliding, routed and
-  folded: outputs and gradients against float64 on the CPU, as relative errors.
-- `speed`: forward pass and training step beside transformers' ModernBERT of equal shape: tokens/s, MFU, peak memory.
+- `equality`: `eager`, `sdpa` and, where it is installed, FlashAttention, in float32 and bf16, padded, packed, sliding, routed
+  and folded: outputs and gradients against float64 on the CPU, as relative errors.
+- `speed`: forward pass and training step beside transformers' ModernBERT of equal shape: tokens/s, MFU, peak memory; once
+  with compiled layers; the kernels of a training step.
 - `mixture`: a MoL layer in its forms beside the plain layer of its width, and one that groups tokens by
   `torch.nn.functional.grouped_mm`.
+- `flex` (only if asked for): as `equality`, for `flex_attention`, which compiles for minutes.
 - `train`: `scripts/pretrain.py` with `--train_arguments` for the time that is left, and its model in float16, in files below
   16 MB.
 """
@@ -59,6 +61,7 @@ from modernalbert.training.runs import read_json, write_json
 
 TESTS = SCRIPTS.parent / "tests"
 LARGEST_ERROR = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # of `eager`, relative
+LONGEST_TESTS = 120  # seconds
 NOISE = 2.0  # of `eager`'s error, up to which another implementation agrees
 
 
@@ -92,23 +95,19 @@ def run_tests(args: Namespace, clock: Clock) -> dict:
     """The tests that need a GPU; without one they are collected and skipped. Other files may import what is not there."""
     files = [str(path) for path in sorted(TESTS.glob("test_*.py")) if "mark.gpu" in path.read_text(encoding="utf-8")]
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *files]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=max(clock.left, 1))
-    lines = result.stdout.strip().splitlines()
+    log = args.output_dir / "tests.log"  # is there whatever becomes of the tests
+    with log.open("w", encoding="utf-8") as stream:
+        result = subprocess.run(
+            command, stdout=stream, stderr=subprocess.STDOUT, timeout=max(min(clock.left, LONGEST_TESTS), 1)
+        )
+    lines = log.read_text(encoding="utf-8").strip().splitlines()
     print("\n".join(lines[-30:] if result.returncode else lines[-1:]), flush=True)
     if result.returncode not in (0, 5):
         raise RuntimeError(f"pytest ended with {result.returncode}")
-    return {"summary": lines[-1], "output": result.stdout[-20_000:]}
+    return {"summary": lines[-1]}
 
 
 # ---- Equality
-
-
-def implementations(device: str) -> list[str]:
-    """What can be compared on a device. Without one, `flex_attention` needs a compiler and is left out."""
-    found = ["eager", "sdpa"]
-    if device == "cuda":
-        found += ["flex_attention"] + ["flash_attention_2"] * is_flash_attn_2_available()
-    return found
 
 
 def equality_cases(vocab_size: int) -> dict[str, tuple[dict, dict]]:
@@ -151,14 +150,29 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def run_equality(args: Namespace, clock: Clock) -> dict:
-    """Relative errors against float64, in norm over all tokens and over all parameters; seconds, whatever is left."""
+    """Of what needs no compiler."""
+    flash = args.device == "cuda" and is_flash_attn_2_available()
+    return compare_implementations(["eager", "sdpa", *["flash_attention_2"] * flash], args.device)
+
+
+def run_flex(args: Namespace, clock: Clock) -> dict:
+    """Of `flex_attention`, which compiles for each case: minutes."""
+    return compare_implementations(["eager", "flex_attention"], args.device)
+
+
+def compare_implementations(names: list[str], device: str) -> dict:
+    """Relative errors against float64, in norm over all tokens and over all parameters; the first name is the yardstick.
+
+    Raises:
+        RuntimeError: An implementation disagrees with float64 by more than twice what the first one does.
+    """
     shape = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4}
     # All experts are chosen: a router's choices between two near scores are not equal in another precision.
     shape |= {"num_hidden_layers": 4, "num_hidden_groups": 2, "mol_groups": [1], "num_experts_per_tok": 8}
     shape |= {"pad_token_id": 3, "initializer_range": 0.1}
     cases, rows, figures, wrong = equality_cases(512), [], {}, []
     for dtype in (torch.float32, torch.bfloat16):
-        for name in implementations(args.device):
+        for name in names:
             if name.startswith("flash") and dtype == torch.float32:
                 continue
             cells = []
@@ -176,11 +190,11 @@ def run_equality(args: Namespace, clock: Clock) -> dict:
                     copy.deepcopy(reference.config), attn_implementation=name, dtype=dtype
                 )
                 model.load_state_dict(state)
-                model = model.to(args.device).eval()
+                model = model.to(device).eval()
                 found, expected = (outputs_and_gradients(each, batch) for each in (model, reference))
                 errors = [relative_error(a, b) for a, b in zip(found, expected, strict=True)]
                 figures[f"{name}, {dtype}, {case}"] = errors
-                limits = [NOISE * error for error in figures[f"eager, {dtype}, {case}"]]
+                limits = [NOISE * error for error in figures[f"{names[0]}, {dtype}, {case}"]]
                 agrees = all(error <= limit for error, limit in zip(errors, limits, strict=True))
                 if not (agrees and max(errors) < LARGEST_ERROR[dtype]):
                     wrong.append(f"{name}, {dtype}, {case}")
@@ -202,20 +216,31 @@ def speed_models(device: str) -> dict[str, ModernAlbertConfig]:
 
 
 def run_speed(args: Namespace, clock: Clock) -> dict:
-    """Tables of each shape: forward pass and training step in bf16, of ModernBERT, ours folded, routed and compiled."""
+    """Tables of each shape: forward pass and training step in bf16, of ModernBERT, ours without experts and routed.
+
+    Then the same of compiled layers, for the largest shape, full rows of 512 tokens: each costs its compilation. Last, which
+    kernels the time of a training step goes to.
+    """
     shapes = {512: 32, 8192: 2} if args.device == "cuda" else {128: 4}
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     peak = peak_flops(torch.device(args.device), args.device == "cuda")
+    attention = "flash_attention_2" if args.device == "cuda" and is_flash_attn_2_available() else "sdpa"
     figures = {}
+
+    def measure(models, inputs, training, title):
+        if clock.left:
+            figures[title] = time_models(
+                models, config, inputs, training, dtype, peak, args.repeats, title, args.device
+            )
+            write_json(args.output_dir / "speed.json", figures)
+
     for preset, config in speed_models(args.device).items():
         torch.manual_seed(0)
-        folded = ModernAlbertConfig(**{**config.to_dict(), "num_experts": 0})
         builders = {
             "ModernBERT": modernbert_config(config),
-            "ours, no experts": folded,
+            "ours, no experts": ModernAlbertConfig(**{**config.to_dict(), "num_experts": 0}),
             "ours, routed": config,
         }
-        attention = "flash_attention_2" if args.device == "cuda" and is_flash_attn_2_available() else "sdpa"
         models = {
             name: AutoModelForMaskedLM.from_config(each, attn_implementation=attention).to(args.device)
             for name, each in builders.items()
@@ -223,23 +248,53 @@ def run_speed(args: Namespace, clock: Clock) -> dict:
         for model in models.values():
             fill_experts(model).config.sparse_prediction = True
         models["ModernBERT"].sparse_prediction = True
-        if args.device == "cuda":
-            for name in list(models):
-                models[f"{name}, compiled"] = torch.compile(models[name], dynamic=False)
         for length, batch in shapes.items():
             if length > config.max_position_embeddings:
                 continue
             for fill in (1.0, 0.6):
                 inputs = speed_batch(config.vocab_size, batch, length, fill, args.device)
                 for training in (False, True):
-                    if not clock.left:
-                        return figures
-                    title = f"{preset}, {batch} x {length} at {fill:.0%}, {'training step' if training else 'forward'}"
-                    figures[title] = time_models(
-                        models, config, inputs, training, dtype, peak, args.repeats, title, args.device
-                    )
-                    write_json(args.output_dir / "speed.json", figures)
+                    kind = "training step" if training else "forward"
+                    measure(models, inputs, training, f"{preset}, {batch} x {length} at {fill:.0%}, {kind}")
+    length, batch = next(iter(shapes.items()))
+    inputs = speed_batch(config.vocab_size, batch, length, 1.0, args.device)
+    if args.device == "cuda":
+        figures["kernels"] = profile_step(models["ours, routed"], inputs, dtype)
+        for training in (True, False):
+            for name in list(models):
+                if "compiled" not in name and training:
+                    models[f"{name}, compiled"] = compile_layers(copy.deepcopy(models[name]))
+            kind = "training step" if training else "forward"
+            measure(models, inputs, training, f"{preset}, {batch} x {length}, compiled layers, {kind}")
     return figures
+
+
+def compile_layers(model: nn.Module) -> nn.Module:
+    """Compiles each layer, in place: those of equal code are compiled once, and a model takes seconds in place of minutes."""
+    torch._dynamo.config.recompile_limit = 64  # each depth of a group compiles anew, training and inference as well
+    for layer in model.base_model.layers:
+        layer.compile(dynamic=False)
+    return model
+
+
+def profile_step(model: nn.Module, inputs: dict, dtype: torch.dtype, rows: int = 15) -> str:
+    """The kernels that a training step on a GPU spends its time in."""
+    model.train()
+
+    def step():
+        with torch.autocast("cuda", dtype):
+            loss = model(**inputs).loss
+        loss.backward()
+        model.zero_grad()
+
+    step()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        step()
+        torch.cuda.synchronize()
+    table = profile.key_averages().table(sort_by="self_device_time_total", row_limit=rows, max_name_column_width=60)
+    print(f"\nkernels of a training step\n\n{table}", flush=True)
+    return table
 
 
 def speed_batch(vocab_size: int, batch: int, length: int, fill: float, device: str) -> dict[str, torch.Tensor]:
@@ -340,8 +395,8 @@ def run_mixture(args: Namespace, clock: Clock) -> dict:
     config = ModernAlbertConfig.preset(preset)
     plain = ModernAlbertMLP(config).to(args.device, dtype)
     layer = ModernAlbertMoL(config)
-    for parameter in layer.parameters():
-        nn.init.normal_(parameter, std=0.02)
+    for name, parameter in layer.named_parameters():  # corrections as large as what they correct
+        nn.init.normal_(parameter, std=0.1 if name.startswith("experts") else 0.02)
     layer.to(args.device, dtype).eval().router.float()  # without the router's noise
     forms = {"kept": mix_dense, "recomputed": RecomputedMixture.apply}
     if hasattr(F, "grouped_mm"):
@@ -441,6 +496,7 @@ STAGES = {
     "equality": run_equality,
     "speed": run_speed,
     "mixture": run_mixture,
+    "flex": run_flex,
     "train": run_training,
 }
 
@@ -448,7 +504,9 @@ STAGES = {
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=positive, default=9.0, help="for everything")
-    parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES), help="in this order")
+    parser.add_argument(
+        "--stages", nargs="+", choices=list(STAGES), default=[s for s in STAGES if s != "flex"], help="in this order"
+    )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--repeats", type=count, default=5, help="turns of each timing")
     parser.add_argument(

@@ -157,7 +157,7 @@ def tables(seq_length: int, mfu: float, peak_tflops: float, tokens: float) -> st
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seq_length", type=count, default=1024, help="tokens of a row, one sequence")
-    parser.add_argument("--mfu", type=positive, default=0.4, help="share of the peak that is reached: an assumption")
+    parser.add_argument("--mfu", type=positive, default=0.25, help="share of the peak that is reached: an assumption")
     parser.add_argument("--peak_tflops", type=positive, default=989, help="dense bf16 peak of a GPU (H100 SXM's)")
     parser.add_argument("--tokens", type=positive, default=30e9, help="tokens of the run")
     args = parser.parse_args(argv)

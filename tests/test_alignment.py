@@ -361,9 +361,10 @@ def test_pairs_are_split_into_sequences_of_their_own(between):
     length = max(map(len, rows))
     ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
-    pairs, texts = texts_of_pairs(ids, mask, 3)
-    found = [text.tolist() for text in texts]
-    assert pairs == [0, 2] and found == [[2, 7, 8, 3], [2, 5, 3], [2, 9, 3], [2, 6, 6, 6, 3]]
+    pairs, texts, text_mask = texts_of_pairs(ids, mask, 3)
+    found = [text[kept.bool()].tolist() for text, kept in zip(texts, text_mask, strict=True)]
+    assert texts[text_mask == 0].count_nonzero() == 0 and text_mask.diff(dim=1).max() <= 0
+    assert pairs.tolist() == [0, 2] and found == [[2, 7, 8, 3], [2, 5, 3], [2, 9, 3], [2, 6, 6, 6, 3]]
 
 
 def test_the_teacher_sees_clean_text(make_student, wordpiece, teacher_folder):

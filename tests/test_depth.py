@@ -273,6 +273,23 @@ def test_micro_batches_give_the_weights_of_one_large_batch(make_student, prose_t
     torch.testing.assert_close(*states, rtol=1e-4, atol=1e-5)
 
 
+def test_the_smaller_depths_join_over_the_first_fifth_of_a_run(make_student, prose_tokenizer, tmp_path):
+    """At full weight from the first step they would keep a new model at equal states for all tokens."""
+    trainer = make_trainer(
+        make_student(num_hidden_layers=4), prose_tokenizer, tmp_path, {"max_steps": 10}, elastic_depth=True
+    )
+    weights, training_step = [], trainer.training_step
+
+    def record(*args, **kwargs):
+        loss = training_step(*args, **kwargs)
+        weights.append(trainer.weights["depth_loss"])
+        return loss
+
+    trainer.training_step = record
+    trainer.train()
+    assert weights == [0.5] + [1.0] * 9
+
+
 def test_training_brings_the_depths_together(make_student, prose_tokenizer, tmp_path):
     distances = []
     for elastic in (False, True):

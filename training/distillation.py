@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, PreTrainedModel
 
 from .alignment import NO_WORD
@@ -211,9 +210,11 @@ class Teacher(nn.Module):
         return states, vectors
 
     def compute(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, chunk_size: int = 32
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, chunk_size: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `forward`, by the encoder, in chunks of similar length, since most encoders compute padding as well."""
+        if chunk_size is None:  # on an accelerator many small calls take longer than the padding
+            chunk_size = 32 if input_ids.device.type == "cpu" else 512
         states, vectors = None, None
         lengths = attention_mask.sum(dim=1)
         for chunk in lengths.argsort().split(chunk_size):
@@ -240,7 +241,7 @@ class Teacher(nn.Module):
 
 def texts_of_pairs(
     input_ids: torch.Tensor, mask: torch.Tensor, sep_token_id: int
-) -> tuple[list[int], list[torch.Tensor]]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The texts of pairs, each as a sequence of its own.
 
     Args:
@@ -249,18 +250,21 @@ def texts_of_pairs(
         sep_token_id: `[SEP]`; some tokenizers write two between the texts.
 
     Returns:
-        Which sequences are pairs; the tokens of their first texts, then of their second ones.
+        Which sequences are pairs, `[pairs]`; the tokens of their first texts and then of their second ones, with their mask,
+        both `[2 * pairs, length]`.
     """
-    pairs, firsts, seconds = [], [], []
-    for index, (row, length) in enumerate(zip(input_ids, mask.sum(dim=1).tolist(), strict=True)):
-        tokens = row[:length].tolist()
-        end = tokens.index(sep_token_id) + 1 if sep_token_id in tokens else length
-        start = end + (tokens[end : end + 1] == [sep_token_id])
-        if start < length:
-            pairs.append(index)
-            firsts.append(row[:end])
-            seconds.append(torch.cat([row[:1], row[start:length]]))
-    return pairs, firsts + seconds
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+    lengths = mask.sum(dim=1)
+    is_sep = (input_ids == sep_token_id) & mask.bool()
+    ends = torch.where(is_sep.any(dim=1), is_sep.int().argmax(dim=1) + 1, lengths)  # of first texts
+    doubled = is_sep.gather(1, ends.clamp(max=len(positions) - 1)[:, None])[:, 0] & (ends < len(positions))
+    starts = ends + doubled.long()  # of second texts
+    pairs = (starts < lengths).nonzero()[:, 0]
+    input_ids, lengths, ends, starts = (each[pairs] for each in (input_ids, lengths, ends, starts))
+    sources = torch.where(positions == 0, 0, positions + starts[:, None] - 1)  # [CLS], then the second text
+    seconds = input_ids.gather(1, sources.clamp(max=len(positions) - 1))
+    text_mask = torch.cat([positions < ends[:, None], sources < lengths[:, None]]).to(mask.dtype)
+    return pairs, torch.cat([input_ids, seconds]) * text_mask, text_mask
 
 
 class EncoderDistiller:
@@ -348,13 +352,11 @@ class EncoderDistiller:
         pooled_loss = (1 - F.cosine_similarity(pooled, vectors, dim=-1)).sum() / num_sequences
         terms = {"hidden_loss": hidden_loss, "pooled_loss": pooled_loss}
         if self.pair_head is not None:
-            pairs, texts = texts_of_pairs(teacher_ids, mask, self.teacher.sep_token_id)
+            pairs, text_ids, text_mask = texts_of_pairs(teacher_ids, mask, self.teacher.sep_token_id)
             predicted = self.pair_head(means).float()[pairs, 0]
             terms["pair_loss"] = predicted.sum()  # of no pair: 0, and part of the graph, as other processes expect
-            if pairs:
-                masks = [torch.ones_like(tokens) for tokens in texts]
-                ids, text_mask = (pad_sequence(part, batch_first=True) for part in (texts, masks))
-                _, vectors = self.teacher(ids, text_mask)
+            if len(pairs):
+                _, vectors = self.teacher(text_ids, text_mask)
                 expected = F.cosine_similarity(*vectors.chunk(2), dim=-1)
                 terms["pair_loss"] = (predicted - expected).square().sum() / num_sequences
         return terms

@@ -129,13 +129,12 @@ class TokenMasker:
 
     def choose_sequences(self, input_ids: torch.Tensor, keys: Sequence[tuple[int, ...]]) -> torch.Tensor:
         """Whether each token is of a sequence that is masked, `[rows, length]`; a `[CLS]` starts a sequence."""
-        rows = []
-        for row, key in zip(input_ids, keys, strict=True):
-            sequence_ids = (row == self.cls_token_id).cumsum(0).cpu()
-            # Other numbers than those that choose tokens, which stay as they are without clean sequences.
-            draws = np.random.default_rng([self.seed, len(key), *key, 1]).random(len(row) + 1)
-            rows.append(torch.from_numpy(draws < self.masked_share)[sequence_ids])
-        return torch.stack(rows).to(input_ids.device)
+        sequence_ids = (input_ids == self.cls_token_id).cumsum(dim=1)
+        # Other numbers than those that choose tokens, which stay as they are without clean sequences.
+        draws = np.stack(
+            [np.random.default_rng([self.seed, len(key), *key, 1]).random(input_ids.shape[1] + 1) for key in keys]
+        )
+        return torch.from_numpy(draws < self.masked_share).to(input_ids.device).gather(1, sequence_ids)
 
     def __call__(self, input_ids: torch.Tensor, keys: Sequence[tuple[int, ...]]) -> tuple[torch.Tensor, torch.Tensor]:
         """`input_ids [rows, length]` with a key for each row, to masked `input_ids` and `labels`, -100 elsewhere."""

@@ -38,6 +38,11 @@ def peak_flops(device: torch.device, half: bool) -> float:
     return 2 * size**3 / best
 
 
+# Share of a run over which the weight of the smaller depths rises to 1. At full weight from the first step they would keep a new
+# model at equal states for all tokens, where all depths agree.
+DEPTH_RAMP = 0.2
+
+
 class PretrainingTrainer(TrainerMixin, Trainer):
     """Masked-language modelling on packed rows, with or without a teacher.
 
@@ -50,7 +55,8 @@ class PretrainingTrainer(TrainerMixin, Trainer):
         distiller: Adds a teacher's terms.
         mlm_weight, kl_weight, hidden_weight, pooled_weight, pair_weight: Weights of the loss terms.
         elastic_depth: Whether each step runs a smaller depth as well, drawn for the step, which learns from the full one:
-            `1 - cos` of the last hidden states of all real tokens, and the KL divergence of the logits of masked ones.
+            `1 - cos` of the last hidden states of all real tokens, and the KL divergence of the logits of masked ones. Their
+            weight rises to 1 over the first fifth of the run.
         decay_steps: Last steps of the warmup-stable-decay schedule, in which the rate falls as `1 - sqrt`; below 1, a
             share of the run.
         **kwargs: As for `Trainer`.
@@ -165,6 +171,7 @@ class PretrainingTrainer(TrainerMixin, Trainer):
             flags = {"output_hidden_states": True, "output_router_logits": self.routed}
             smaller = model(**rows, **flags, num_hidden_layers=depth)
             terms["depth_loss"] = scale * self.depth_loss(inputs, smaller, outputs, num_items_in_batch)
+            self.weights["depth_loss"] = min(1.0, (1 + self.state.global_step) / (DEPTH_RAMP * self.state.max_steps))
             if self.routed:  # the mean over both runs
                 both = weighted["balancing"] + config.router_aux_loss_coef * scale * share * smaller.aux_loss
                 weighted["balancing"] = both / 2
