@@ -289,7 +289,7 @@ def test_terms_are_those_of_sequences_one_by_one(make_student, bpe, wordpiece, t
     counts = EncoderDistiller.count(batch)
     expected, *found = naive_terms(distiller, student, rows, tokenizer, same)
     assert counts == tuple(found)
-    actual = distiller(batch, outputs, *counts)
+    actual = distiller(batch, outputs, *counts, distiller.ask(batch))
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
     gradients = []
@@ -317,7 +317,8 @@ def test_pairs_learn_the_similarity_that_the_teacher_gives_their_texts(
     batch = AlignedCollator(tokenizer, None, None if same else wordpiece.pad_token_id)(list(rows))
     batch["clean_ids"] = batch["input_ids"]
     inputs = (batch["input_ids"], batch["attention_mask"], batch["position_ids"])
-    terms = distiller(batch, student.model(*inputs, output_hidden_states=True), *EncoderDistiller.count(batch))
+    outputs = student.model(*inputs, output_hidden_states=True)
+    terms = distiller(batch, outputs, *EncoderDistiller.count(batch), distiller.ask(batch))
 
     expected = 0
     for first, second in pairs:
@@ -349,7 +350,8 @@ def test_a_batch_without_pairs_has_no_loss_of_them_and_a_gradient_of_zero(make_s
     batch = AlignedCollator(wordpiece)(list(pack(TEXTS[:3], wordpiece, None)))
     batch["clean_ids"] = batch["input_ids"]
     inputs = (batch["input_ids"], batch["attention_mask"], batch["position_ids"])
-    terms = distiller(batch, student.model(*inputs, output_hidden_states=True), *EncoderDistiller.count(batch))
+    outputs = student.model(*inputs, output_hidden_states=True)
+    terms = distiller(batch, outputs, *EncoderDistiller.count(batch), distiller.ask(batch))
     assert terms["pair_loss"] == 0
     terms["pair_loss"].backward()
     assert distiller.pair_head.weight.grad.count_nonzero() == 0
@@ -375,9 +377,11 @@ def test_the_teacher_sees_clean_text(make_student, wordpiece, teacher_folder):
         batch["input_ids"], batch["attention_mask"], batch["position_ids"], output_hidden_states=True
     )
     counts = EncoderDistiller.count(batch)
-    expected = distiller({**batch, "clean_ids": batch["input_ids"]}, outputs, *counts)
+    clean = {**batch, "clean_ids": batch["input_ids"]}
+    expected = distiller(clean, outputs, *counts, distiller.ask(clean))
     masked = batch["input_ids"].masked_fill(batch["input_ids"] > 10, wordpiece.mask_token_id)
-    found = distiller({**batch, "input_ids": masked, "clean_ids": batch["input_ids"]}, outputs, *counts)
+    batch = {**clean, "input_ids": masked}
+    found = distiller(batch, outputs, *counts, distiller.ask(batch))
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 

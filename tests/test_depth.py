@@ -14,6 +14,7 @@ from transformers import AutoModel, AutoTokenizer, TrainingArguments
 import modernalbert
 from modernalbert import ModernAlbertConfig, ModernAlbertForMaskedLM, ModernAlbertModel
 from modernalbert.tokenization import padded_vocab_size, save_tokenizer, train_tokenizer
+from modernalbert.training.distillation import Distiller
 from modernalbert.training.packing import PackedCollator, TokenMasker
 from modernalbert.training.pretraining import PretrainingTrainer
 from modernalbert.training.trainer import depth_loss, draw_depth
@@ -235,26 +236,39 @@ def test_the_drawn_depth_belongs_to_the_step(make_config):
     assert drawn != [draw_depth(config, 1, step) for step in range(60)]
 
 
-def test_the_smaller_depth_learns_from_the_full_one(make_student, prose_tokenizer, tmp_path):
-    """Value and gradient of the term against two runs by hand; the full depth gets no gradient from it."""
-    model = make_student(num_hidden_layers=4)
-    trainer = make_trainer(model, prose_tokenizer, tmp_path, elastic_depth=True)
+@pytest.mark.parametrize("teacher", [False, True])
+def test_the_smaller_depth_learns_from_the_teacher_and_from_the_logits_of_the_full_one(
+    make_student, make_teacher, prose_tokenizer, tmp_path, teacher
+):
+    """Value and gradient of the loss against two runs by hand; the full depth gets no gradient from the smaller one."""
+    model = make_student(num_hidden_layers=4, router_aux_loss_coef=0.0)
+    model.config.sparse_prediction = True
+    distiller = Distiller(make_teacher(), model) if teacher else None
+    weights = {"kl_weight": 2.0, "hidden_weight": 3.0}
+    trainer = make_trainer(model, prose_tokenizer, tmp_path, elastic_depth=True, distiller=distiller, **weights)
     batch = make_batch(prose_tokenizer)
     trainer.tokens_in_batch = int(batch["attention_mask"].sum())
     items = (batch["labels"] != -100).sum()
+    found = trainer.compute_loss(model.train(), batch, num_items_in_batch=items)
+
     flags = {"output_hidden_states": True}
     full, smaller = (
         model(**batch, **flags, num_hidden_layers=layers) for layers in (4, draw_depth(model.config, 42, 0))
     )
-    found = trainer.depth_loss(batch, smaller, full, items)
-    real = batch["attention_mask"].bool()
-    ours = [row for row, kept in zip(smaller.hidden_states[-1].flatten(0, 1), real.flatten(), strict=True) if kept]
-    theirs = [row for row, kept in zip(full.hidden_states[-1].flatten(0, 1), real.flatten(), strict=True) if kept]
-    pairs = zip(ours, theirs, strict=True)
-    expected = sum(1 - (a @ b.detach()) / (a.norm() * b.detach().norm()) for a, b in pairs) / len(ours)
+    expected = F.cross_entropy(full.logits, batch["labels"][batch["labels"] != -100])
     for a, b in zip(smaller.logits, full.logits.detach(), strict=True):
         p, q = b.softmax(0), a.softmax(0)
         expected = expected + (p * (p / q).log()).sum() / items
+    if teacher:
+        real = batch["attention_mask"].bool()
+        theirs = distiller.ask(batch)
+        for outputs, runs in ((full, 2), (smaller, 1)):
+            p, q = theirs.logits.softmax(-1), outputs.logits.softmax(-1)
+            expected = expected + 2 * (p * (p / q).log()).sum() / items
+            for group, (_, layer) in enumerate(distiller.layer_map):
+                a, b = outputs.hidden_states[(group + 1) * runs][real], theirs.hidden_states[layer][real]
+                distance = 1 - (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
+                expected = expected + 3 * distance.mean() / len(distiller.layer_map)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     gradients = [torch.autograd.grad(loss, model.parameters(), retain_graph=True) for loss in (found, expected)]
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
@@ -271,23 +285,6 @@ def test_micro_batches_give_the_weights_of_one_large_batch(make_student, prose_t
         assert trainer.state.log_history[0]["depth_loss"] > 0.1
         states.append(model.state_dict())
     torch.testing.assert_close(*states, rtol=1e-4, atol=1e-5)
-
-
-def test_the_smaller_depths_join_over_the_first_fifth_of_a_run(make_student, prose_tokenizer, tmp_path):
-    """At full weight from the first step they would keep a new model at equal states for all tokens."""
-    trainer = make_trainer(
-        make_student(num_hidden_layers=4), prose_tokenizer, tmp_path, {"max_steps": 10}, elastic_depth=True
-    )
-    weights, training_step = [], trainer.training_step
-
-    def record(*args, **kwargs):
-        loss = training_step(*args, **kwargs)
-        weights.append(trainer.weights["depth_loss"])
-        return loss
-
-    trainer.training_step = record
-    trainer.train()
-    assert weights == [0.5] + [1.0] * 9
 
 
 def test_training_brings_the_depths_together(make_student, prose_tokenizer, tmp_path):

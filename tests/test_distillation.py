@@ -77,7 +77,7 @@ def run_distiller(distiller, student, batch, num_items=None, num_tokens=None):
     outputs = student(**packed_inputs(student, batch), output_hidden_states=True)
     num_items = (batch["labels"] != -100).sum() if num_items is None else num_items
     num_tokens = batch["attention_mask"].sum().item() if num_tokens is None else num_tokens
-    return distiller(batch, outputs, num_items, num_tokens)
+    return distiller(batch, outputs, num_items, num_tokens, distiller.ask(batch))
 
 
 @pytest.mark.parametrize("hidden_loss", ["cosine", "mse"])

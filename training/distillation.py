@@ -88,6 +88,7 @@ class Distiller:
         segments = teacher_segments(teacher.config.num_hidden_layers, groups)
         depth = config.num_hidden_layers // groups
         # Indices in the tuple of hidden states, where 0 is the embedding.
+        self.num_layers = config.num_hidden_layers
         self.layer_map = [((group + 1) * depth, segment.stop) for group, segment in enumerate(segments)]
         self.projection = None
         smaller, larger = sorted((config.hidden_size, teacher.config.hidden_size))
@@ -95,17 +96,23 @@ class Distiller:
             random = torch.randn(larger, smaller, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
             self.projection = torch.linalg.qr(random).Q.float()  # [larger, smaller]
 
-    def __call__(self, inputs: dict, outputs, num_items: torch.Tensor | int, num_tokens: int) -> dict:
+    @torch.no_grad()
+    def ask(self, inputs: dict) -> Any:
+        """The teacher's outputs for a masked batch of `PackedCollator`, with `labels`."""
+        return self.teacher(**packed_inputs(self.teacher, inputs), output_hidden_states=True)
+
+    def __call__(
+        self, inputs: dict, outputs: Any, num_items: torch.Tensor | int, num_tokens: int, expected: Any
+    ) -> dict:
         """The terms `kl_loss` and `hidden_loss`, scalars.
 
         Args:
             inputs: A masked batch of `PackedCollator`, with `labels`.
-            outputs: The student's, with sparse logits `[labelled, vocab_size]` and hidden states.
+            outputs: The student's, at any depth, with sparse logits `[labelled, vocab_size]` and hidden states.
             num_items: Labelled tokens of the whole batch of which this may be a part.
             num_tokens: Its real tokens.
+            expected: What `ask` gave for these inputs.
         """
-        with torch.no_grad():
-            expected = self.teacher(**packed_inputs(self.teacher, inputs), output_hidden_states=True)
         student, teacher = (
             F.log_softmax(logits.float() / self.temperature, dim=-1) for logits in (outputs.logits, expected.logits)
         )  # [labelled, vocab_size]
@@ -114,6 +121,7 @@ class Distiller:
         real = inputs["attention_mask"].bool()
         differences = []
         for student_layer, teacher_layer in self.layer_map:
+            student_layer = student_layer * (len(outputs.hidden_states) - 1) // self.num_layers  # at a smaller depth
             student = outputs.hidden_states[student_layer][real].float()  # [tokens, hidden]
             teacher = expected.hidden_states[teacher_layer][real].float()
             if student.shape[-1] > teacher.shape[-1]:
@@ -314,52 +322,69 @@ class EncoderDistiller:
         words = batch["attention_mask"].sum() if "words" not in batch else batch["words"].max() + 1
         return int(words), int(starts.sum())
 
-    def __call__(self, inputs: dict, outputs: Any, num_words: int, num_sequences: int) -> dict[str, torch.Tensor]:
-        """The terms `hidden_loss`, `pooled_loss` and, with `pairs`, `pair_loss`, scalars.
+    @torch.no_grad()
+    def ask(self, inputs: dict) -> dict[str, torch.Tensor]:
+        """What the teacher says of a batch of `AlignedCollator`, with the clean `input_ids` as `clean_ids`.
 
-        Args:
-            inputs: A batch of `AlignedCollator`, with the clean `input_ids` as `clean_ids`.
-            outputs: The student's, with hidden states.
-            num_words: Words of the whole batch of which this may be a part.
-            num_sequences: Its sequences.
+        Returns:
+            `states` of all words `[words, hidden]`, `vectors` of the sequences `[sequences, width]` and, with `pairs`, which
+            of them are `pairs` and the `cosines` of their texts.
         """
-        real = inputs["attention_mask"].bool()
-        starts = (inputs["position_ids"] == 0) & real
-        sequence_ids = starts.flatten().cumsum(0).view_as(real)[real] - 1  # [tokens]
-        offsets = inputs["position_ids"][real]
-        states = outputs.hidden_states[-1][real]  # [tokens, hidden]
-        student = self.projection(states).float()
-        count = int(starts.sum())
-
+        sequence_ids, offsets = number_tokens(inputs)
         if "teacher_input_ids" in inputs:
             teacher_ids, mask = inputs["teacher_input_ids"], inputs["teacher_attention_mask"]
         else:  # the student's tokens, each sequence in a row of its own
-            shape = (count, int(offsets.max()) + 1)
+            shape = (int(sequence_ids[-1]) + 1, int(offsets.max()) + 1)
             teacher_ids, mask = (inputs["clean_ids"].new_zeros(shape) for _ in range(2))
-            teacher_ids[sequence_ids, offsets] = inputs["clean_ids"][real]
+            teacher_ids[sequence_ids, offsets] = inputs["clean_ids"][inputs["attention_mask"].bool()]
             mask[sequence_ids, offsets] = 1
-        expected, vectors = self.teacher(teacher_ids, mask)
-
+        states, vectors = self.teacher(teacher_ids, mask)
         if "teacher_input_ids" in inputs:
             words = int(inputs["words"].max()) + 1
-            found = mean_by_word(student, inputs["words"][real], words)
-            expected = mean_by_word(expected.flatten(0, 1), inputs["teacher_words"].flatten(), words)
+            states = mean_by_word(states.flatten(0, 1), inputs["teacher_words"].flatten(), words)
         else:
-            found, expected = student, expected[sequence_ids, offsets]
-        hidden_loss = (1 - F.cosine_similarity(found, expected, dim=-1)).sum() / num_words
-        means = mean_by_word(states, sequence_ids, count)
-        pooled = self.pooled_projection(means).float()
-        pooled_loss = (1 - F.cosine_similarity(pooled, vectors, dim=-1)).sum() / num_sequences
-        terms = {"hidden_loss": hidden_loss, "pooled_loss": pooled_loss}
+            states = states[sequence_ids, offsets]
+        expected = {"states": states, "vectors": vectors}
         if self.pair_head is not None:
             pairs, text_ids, text_mask = texts_of_pairs(teacher_ids, mask, self.teacher.sep_token_id)
-            predicted = self.pair_head(means).float()[pairs, 0]
-            terms["pair_loss"] = predicted.sum()  # of no pair: 0, and part of the graph, as other processes expect
+            expected |= {"pairs": pairs, "cosines": vectors.new_zeros(0)}
             if len(pairs):
-                _, vectors = self.teacher(text_ids, text_mask)
-                expected = F.cosine_similarity(*vectors.chunk(2), dim=-1)
-                terms["pair_loss"] = (predicted - expected).square().sum() / num_sequences
+                expected["cosines"] = F.cosine_similarity(*self.teacher(text_ids, text_mask)[1].chunk(2), dim=-1)
+        return expected
+
+    def __call__(
+        self, inputs: dict, outputs: Any, num_words: int, num_sequences: int, expected: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """The terms `hidden_loss`, `pooled_loss` and, with `pairs`, `pair_loss`, scalars.
+
+        Args:
+            inputs: A batch of `AlignedCollator`.
+            outputs: The student's, at any depth, with hidden states.
+            num_words: Words of the whole batch of which this may be a part.
+            num_sequences: Its sequences.
+            expected: What `ask` gave for these inputs.
+        """
+        real = inputs["attention_mask"].bool()
+        states = outputs.hidden_states[-1][real]  # [tokens, hidden]
+        found = self.projection(states).float()
+        if "words" in inputs:
+            found = mean_by_word(found, inputs["words"][real], len(expected["states"]))
+        hidden_loss = (1 - F.cosine_similarity(found, expected["states"], dim=-1)).sum() / num_words
+        means = mean_by_word(states, number_tokens(inputs)[0], len(expected["vectors"]))
+        pooled = self.pooled_projection(means).float()
+        pooled_loss = (1 - F.cosine_similarity(pooled, expected["vectors"], dim=-1)).sum() / num_sequences
+        terms = {"hidden_loss": hidden_loss, "pooled_loss": pooled_loss}
+        if self.pair_head is not None:  # of no pair: 0, and part of the graph, as other processes expect
+            predicted = self.pair_head(means).float()[expected["pairs"], 0]
+            terms["pair_loss"] = (predicted - expected["cosines"]).square().sum() / num_sequences
         return terms
+
+
+def number_tokens(inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """The number of its sequence in the batch, and the position in it, of each real token, both `[tokens]`."""
+    real = inputs["attention_mask"].bool()
+    starts = (inputs["position_ids"] == 0) & real
+    return starts.flatten().cumsum(0).view_as(real)[real] - 1, inputs["position_ids"][real]
 
 
 def mean_by_word(states: torch.Tensor, words: torch.Tensor, count: int) -> torch.Tensor:

@@ -5,7 +5,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import Trainer
 
@@ -38,11 +37,6 @@ def peak_flops(device: torch.device, half: bool) -> float:
     return 2 * size**3 / best
 
 
-# Share of a run over which the weight of the smaller depths rises to 1. At full weight from the first step they would keep a new
-# model at equal states for all tokens, where all depths agree.
-DEPTH_RAMP = 0.2
-
-
 class PretrainingTrainer(TrainerMixin, Trainer):
     """Masked-language modelling on packed rows, with or without a teacher.
 
@@ -54,9 +48,9 @@ class PretrainingTrainer(TrainerMixin, Trainer):
         masker: Masks the training rows; evaluation rows come masked.
         distiller: Adds a teacher's terms.
         mlm_weight, kl_weight, hidden_weight, pooled_weight, pair_weight: Weights of the loss terms.
-        elastic_depth: Whether each step runs a smaller depth as well, drawn for the step, which learns from the full one:
-            `1 - cos` of the last hidden states of all real tokens, and the KL divergence of the logits of masked ones. Their
-            weight rises to 1 over the first fifth of the run.
+        elastic_depth: Whether each step runs a smaller depth as well, drawn for the step. It learns the teacher's terms, as the
+            full depth does, and from the full depth the logits of masked tokens, by their KL divergence. Not its states: a
+            new model would stay where they are equal for all tokens and so at all depths.
         decay_steps: Last steps of the warmup-stable-decay schedule, in which the rate falls as `1 - sqrt`; below 1, a
             share of the run.
         **kwargs: As for `Trainer`.
@@ -165,13 +159,17 @@ class PretrainingTrainer(TrainerMixin, Trainer):
             counts = (num_items_in_batch, self.tokens_in_batch)
             if isinstance(self.distiller, EncoderDistiller):
                 counts = (self.words_in_batch, self.sequences_in_batch)
-            terms |= {name: scale * term for name, term in self.distiller(inputs, outputs, *counts).items()}
+            expected = self.distiller.ask(inputs)
+            terms |= {name: scale * term for name, term in self.distiller(inputs, outputs, *counts, expected).items()}
         if self.elastic_depth:
             depth = draw_depth(config, self.args.seed, self.state.global_step)
             flags = {"output_hidden_states": True, "output_router_logits": self.routed}
             smaller = model(**rows, **flags, num_hidden_layers=depth)
-            terms["depth_loss"] = scale * self.depth_loss(inputs, smaller, outputs, num_items_in_batch)
-            self.weights["depth_loss"] = min(1.0, (1 + self.state.global_step) / (DEPTH_RAMP * self.state.max_steps))
+            term = depth_loss(smaller, outputs, None, num_items_in_batch, regression=False)
+            if self.distiller is not None:
+                learned = self.distiller(inputs, smaller, *counts, expected)
+                term = term + sum(self.weights[name] * value for name, value in learned.items())
+            terms["depth_loss"] = scale * term
             if self.routed:  # the mean over both runs
                 both = weighted["balancing"] + config.router_aux_loss_coef * scale * share * smaller.aux_loss
                 weighted["balancing"] = both / 2
@@ -180,13 +178,6 @@ class PretrainingTrainer(TrainerMixin, Trainer):
             weighted[name] = self.weights[name] * term
         loss = sum(weighted.values())
         return (loss, outputs) if return_outputs else loss
-
-    def depth_loss(self, inputs: dict, smaller, full, num_items: torch.Tensor | int) -> torch.Tensor:
-        """What a smaller depth differs from the full one, which is not trained by it; a share of the whole batch's."""
-        real = inputs["attention_mask"].bool()
-        states, expected = (outputs.hidden_states[-1][real].float() for outputs in (smaller, full))
-        loss = (1 - F.cosine_similarity(states, expected.detach(), dim=-1)).sum() / self.tokens_in_batch
-        return loss + depth_loss(smaller, full, None, num_items, regression=False)
 
     @property
     def evaluates_teacher_terms(self) -> bool:
@@ -199,7 +190,7 @@ class PretrainingTrainer(TrainerMixin, Trainer):
             return super().compute_loss(model, rows, return_outputs, num_items_in_batch)
         outputs = model(**rows, output_hidden_states=True)
         inputs = {**inputs, "clean_ids": inputs["input_ids"]}
-        terms = self.distiller(inputs, outputs, *EncoderDistiller.count(inputs))
+        terms = self.distiller(inputs, outputs, *EncoderDistiller.count(inputs), self.distiller.ask(inputs))
         loss = sum(self.weights[name] * term for name, term in terms.items())
         return (loss, outputs) if return_outputs else loss
 
