@@ -8,7 +8,8 @@
 A column of `--pairs` is Spearman's correlation of the cosine with the scores, one of `--retrieval` nDCG@10 by
 `scripts/run_beir.py`, which keeps what it has scored; BM25 is beside it. Times are medians of interleaved turns in fp32, with
 tokenisation; `--forms` adds a ModernALBERT in bf16, and its encoder as onnxruntime runs it, in float32 and int8,
-`--num_hidden_layers` the same weights at other depths, in all forms. Ratios are to the last model of `--models`. Output is
+beside a ModernBERT of equal shape with random weights, which has a size and a time but no score; `--num_hidden_layers` adds the
+same weights at other depths, in all forms. Ratios are to the last model of `--models`. Output is
 Markdown; `embedding.json` has the figures, and `embedding.svg` shows the first set of pairs over time and over size.
 """
 
@@ -18,12 +19,13 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from common import count, describe_machine, format_table, interleave, ratio, start_script
+from common import count, describe_machine, format_table, interleave, modernbert_config, ratio, start_script
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import pairwise_cos_sim
 from torch import nn
+from transformers import AutoModel
 
 import modernalbert  # noqa: F401  (registers the Auto classes)
 from modernalbert.training.cli import run_script
@@ -34,6 +36,7 @@ from modernalbert.training.runs import read_json, write_json
 
 SENTENCE = "A man is playing a large flute in the street, and a few people stop to listen."
 FORMS = ("ONNX fp32", "ONNX int8")
+EQUAL = "ModernBERT of equal shape"
 
 
 class OnnxEncoder(nn.Module):
@@ -71,8 +74,16 @@ def other_forms(name: str, layers: int | None, folder: Path) -> dict[str, Senten
     return models
 
 
+def equal_modernbert(name: str) -> SentenceTransformer:
+    """A model whose encoder is replaced by a ModernBERT of its shape, with random weights."""
+    model = load(name)
+    model[0].auto_model = AutoModel.from_config(modernbert_config(model[0].auto_model.config)).eval()
+    model.megabytes = sum(parameter.nbytes for parameter in model.parameters()) / 1e6
+    return model
+
+
 def plot(figures: dict[str, dict], column: str, batch: str) -> Figure:
-    """One set of pairs over milliseconds and over megabytes, a point for each model and form."""
+    """One set of pairs over milliseconds and over megabytes, a point for each model and form, a line for what has no score."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     measured = {name: facts for name, facts in figures.items() if column in facts["scores"]}
@@ -80,6 +91,9 @@ def plot(figures: dict[str, dict], column: str, batch: str) -> Figure:
         for index, (name, facts) in enumerate(measured.items()):
             x = facts[batch]["milliseconds"] if label != "MB" else facts["megabytes"]
             axes.plot(x, facts["scores"][column], "os^Dvp*"[index // 10 % 7], color=f"C{index % 10}", label=name)
+        if EQUAL in figures:
+            x = figures[EQUAL][batch]["milliseconds"] if label != "MB" else figures[EQUAL]["megabytes"]
+            axes.axvline(x, color="gray", linestyle="--", label=f"{EQUAL}, untrained")
         axes.set(xlabel=label, xlim=(0, None))
         axes.grid(alpha=0.3)
     panels[0].set_ylabel(f"{column}, Spearman")
@@ -136,6 +150,8 @@ def main(argv: list[str] | None = None) -> None:
                 if args.forms and known:
                     found = other_forms(name, layers, Path(scratch) / title)
                     models |= {f"{title}, {form}": model for form, model in found.items()}
+            if args.forms and known and EQUAL not in models:
+                models[EQUAL] = equal_modernbert(name)
         batches = {"one sentence": [SENTENCE], "32 sentences": [f"{n} {SENTENCE[: 20 + n]}" for n in range(32)]}
         times = {
             batch: interleave(
@@ -152,6 +168,7 @@ def main(argv: list[str] | None = None) -> None:
         scores = {
             name: {column: correlate(model, source) for column, source in columns.items()}
             for name, model in models.items()
+            if name != EQUAL
         }
     baselines = {}
     for dataset in args.retrieval:
@@ -165,7 +182,7 @@ def main(argv: list[str] | None = None) -> None:
     header = ["", "parameters", "MB", *sets, *(part for batch in batches for part in (f"{batch} (ms)", "ratio"))]
     reference = Path(args.models[-1]).name
     rows, figures = [], {"machine": describe_machine(), "models": {}}
-    for name, found in scores.items():
+    for name, found in {**scores, **({EQUAL: {}} if EQUAL in models else {})}.items():
         shown = [f"{found[column]:.1f}" if column in found else "" for column in sets]
         facts = figures["models"][name] = {"scores": found}
         if name not in models:  # BM25
