@@ -143,7 +143,7 @@ class PretrainingTrainer(TrainerMixin, Trainer):
         if not self.model.training:
             return self.compute_evaluation_loss(model, rows, inputs, return_outputs, num_items_in_batch)
         config = self.model.config
-        asked = {"output_hidden_states": True} if self.distiller is not None or self.elastic_depth else {}
+        asked = {"output_hidden_states": True} if self.distiller is not None else {}
         # Trainer multiplies the loss by the number of processes, over which gradients are averaged.
         scale = self.accelerator.num_processes
         mlm_loss, outputs = super().compute_loss(model, {**rows, **asked}, True, num_items_in_batch)
@@ -163,8 +163,7 @@ class PretrainingTrainer(TrainerMixin, Trainer):
             terms |= {name: scale * term for name, term in self.distiller(inputs, outputs, *counts, expected).items()}
         if self.elastic_depth:
             depth = draw_depth(config, self.args.seed, self.state.global_step)
-            flags = {"output_hidden_states": True, "output_router_logits": self.routed}
-            smaller = model(**rows, **flags, num_hidden_layers=depth)
+            smaller = model(**rows, **asked, output_router_logits=self.routed, num_hidden_layers=depth)
             term = depth_loss(smaller, outputs, None, num_items_in_batch, regression=False)
             if self.distiller is not None:
                 learned = self.distiller(inputs, smaller, *counts, expected)
