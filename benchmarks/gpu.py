@@ -7,6 +7,10 @@ On a rented machine, in minutes:
 
     pip install -e . pytest parameterized && python benchmarks/gpu.py --minutes 9
 
+Where there is no network, take the wheels that it lacks with you: for an image with torch and transformers those of accelerate,
+datasets, dill, multiprocess, xxhash, detect-secrets and sentence-transformers. Try what you will train on a CPU first, beyond its first
+steps: a learning rate that is too high shows after fifty.
+
 Stages run in the order of `--stages`. Each prints its tables and writes its JSON as soon as it has them; one that fails does
 not end the others, and a part is not begun when the time is up.
 
