@@ -63,7 +63,7 @@ def test_variants_differ_in_what_they_are_about(ablation, preset):
 
 @pytest.fixture
 def args(tmp_path):
-    shape = {"preset": "nano", "config_overrides": "{}", "distil": None}
+    shape = {"preset": "nano", "config_overrides": "{}", "distil": None, "batch_size": 8}
     return Namespace(
         output_dir=tmp_path, variants=list(LOSSES), steps=1000, learning_rates=RATES, seeds=SEEDS, **shape
     )
@@ -154,12 +154,12 @@ def test_variants_start_from_the_teacher(ablation, tmp_path, monkeypatch):
         ablation, "start_script", lambda script, *words: commands.__setitem__(words[-1], [script, *words])
     )
     monkeypatch.setattr(
-        ablation, "pretrain", lambda args, folder, steps, seed, rate, *words: commands.update(train=words)
+        ablation, "pretrain", lambda args, folder, steps, seed, rate, *words, batch_size: commands.update(train=words)
     )
     monkeypatch.setattr(ablation, "read_losses", lambda folder: {})
     save_tokenizer(train_tokenizer(["A text."], vocab_size=300, model_max_length=64), tmp_path / "tokenizer")
     shape = {"preset": "nano", "config_overrides": "{}", "distil": None}
-    args = Namespace(output_dir=tmp_path, teacher="runs/teacher", steps=10, **shape)
+    args = Namespace(output_dir=tmp_path, teacher="runs/teacher", steps=10, batch_size=8, **shape)
     for name in ablation.VARIANTS:
         ablation.initialise(args, name, 7)
         script, *words = commands[str(tmp_path / f"{name}-start-7")]
@@ -179,11 +179,11 @@ def test_variants_start_from_the_teacher(ablation, tmp_path, monkeypatch):
 def test_variants_of_another_shape_are_distilled_from_scratch(ablation, tmp_path, monkeypatch):
     """With the same widths but for what they are about, and at the parameters of `mol` where they are matched."""
     words = []
-    monkeypatch.setattr(ablation, "pretrain", lambda args, folder, steps, seed, rate, *given: words.append(given))
+    monkeypatch.setattr(ablation, "pretrain", lambda *given, batch_size: words.append(given[5:]))
     monkeypatch.setattr(ablation, "read_losses", lambda folder: {})
     save_tokenizer(train_tokenizer(["A text."], vocab_size=300, model_max_length=64), tmp_path / "tokenizer")
     shape = {"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 12, "mol_intermediate_size": 96}
-    args = Namespace(output_dir=tmp_path, preset="nano", teacher=None, distil="runs/encoder", steps=10)
+    args = Namespace(output_dir=tmp_path, preset="nano", teacher=None, distil="runs/encoder", steps=10, batch_size=8)
     args.config_overrides = json.dumps(shape)
     configs = {}
     for name in ("mol", "none-matched", "moa-matched", "unshared"):
@@ -327,13 +327,15 @@ def test_the_whole_study(ablation, tmp_path, monkeypatch):
     command = ["--train_data", str(data), "--validation_data", str(data), "--tasks", str(tmp_path / "tasks.json")]
     command += ["--output_dir", str(folder), "--variants", "mol", "--steps", "2", "--seeds", "0"]
     command += ["--learning_rates", "1e-3", "--max_eval_samples", "4", "--epochs", "1", "--train_rows", "32"]
-    command += ["--validation_examples", "16", "--processes", "1"]
+    command += ["--validation_examples", "16", "--processes", "1", "--batch_size", "4"]
     # In this process: that a script is started, and how it fails, have tests of their own.
     common = sys.modules[ablation.start_script.__module__]
     monkeypatch.setattr(common, "start_script", lambda script, *words: load_script(script).main(list(words)))
     ablation.main(command)
     results = json.loads((folder / "ablation.json").read_text())
-    assert results["tokens"] == 2048 and list(results["measures"]) == ["masked-LM loss, validation", "parity"]
+    arguments = json.loads((folder / "mol-2-0.001-0" / "arguments.json").read_text())
+    assert '"per_device_train_batch_size": 4' in json.dumps(arguments)
+    assert results["tokens"] == 1024 and list(results["measures"]) == ["masked-LM loss, validation", "parity"]
     assert all(len(figures["values"]["mol"]) == 1 for figures in results["measures"].values())
     assert len(results["variants"]["mol"]["curves"]["validation"]) == 3  # at the start and after each step
     assert {"ablation.md", "ablation.svg", "ablation-usage.svg"} <= {path.name for path in folder.iterdir()}
