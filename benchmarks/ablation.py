@@ -167,7 +167,7 @@ def train(args: Namespace, name: str, rate: float, seed: int) -> None:
 
 def read_losses(folder: Path) -> dict[str, float]:
     """Last loss of a run that has ended, by validation source."""
-    return {source: curve[-1][1] for source, curve in read_curve(folder, BATCH).items()}
+    return {source: curve[-1][1] for source, curve in read_curve(folder).items()}
 
 
 def sweep(args: Namespace, name: str) -> dict[float, float]:

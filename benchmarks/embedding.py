@@ -56,6 +56,11 @@ def load(name: str, layers: int | None = None, dtype: str = "float32") -> Senten
     """A model, at another depth if one is given."""
     depth = {} if layers is None else {"config_kwargs": {"num_hidden_layers": layers}}
     model = SentenceTransformer(name, device="cpu", model_kwargs={"dtype": dtype}, **depth)
+    return weighed(model)
+
+
+def weighed(model: SentenceTransformer) -> SentenceTransformer:
+    """The model, with the size of its parameters as `megabytes`."""
     model.megabytes = sum(parameter.nbytes for parameter in model.parameters()) / 1e6
     return model
 
@@ -78,8 +83,7 @@ def equal_modernbert(name: str) -> SentenceTransformer:
     """A model whose encoder is replaced by a ModernBERT of its shape, with random weights."""
     model = load(name)
     model[0].auto_model = AutoModel.from_config(modernbert_config(model[0].auto_model.config)).eval()
-    model.megabytes = sum(parameter.nbytes for parameter in model.parameters()) / 1e6
-    return model
+    return weighed(model)
 
 
 def plot(figures: dict[str, dict], column: str, batch: str) -> Figure:
@@ -166,9 +170,8 @@ def main(argv: list[str] | None = None) -> None:
         }
         columns = {Path(source.rsplit(":", 3)[0]).parent.name: source for source in args.pairs}
         scores = {
-            name: {column: correlate(model, source) for column, source in columns.items()}
+            name: {column: correlate(model, source) for column, source in columns.items() if name != EQUAL}
             for name, model in models.items()
-            if name != EQUAL
         }
     baselines = {}
     for dataset in args.retrieval:
@@ -182,7 +185,7 @@ def main(argv: list[str] | None = None) -> None:
     header = ["", "parameters", "MB", *sets, *(part for batch in batches for part in (f"{batch} (ms)", "ratio"))]
     reference = Path(args.models[-1]).name
     rows, figures = [], {"machine": describe_machine(), "models": {}}
-    for name, found in {**scores, **({EQUAL: {}} if EQUAL in models else {})}.items():
+    for name, found in scores.items():
         shown = [f"{found[column]:.1f}" if column in found else "" for column in sets]
         facts = figures["models"][name] = {"scores": found}
         if name not in models:  # BM25

@@ -9,7 +9,7 @@ On a rented machine, in minutes:
 
 Where there is no network, take the wheels that it lacks with you: for an image with torch and transformers those of accelerate,
 datasets, dill, multiprocess, xxhash, detect-secrets and sentence-transformers. Try what you will train on a CPU first, beyond its first
-steps: a learning rate that is too high shows after fifty.
+steps: one that does not learn shows after fifty.
 
 Stages run in the order of `--stages`. Each prints its tables and writes its JSON as soon as it has them; one that fails does
 not end the others, and a part is not begun when the time is up.
@@ -78,6 +78,10 @@ class Clock:
     @property
     def left(self) -> float:
         return max(self.end - time.monotonic(), 0.0)
+
+
+def has_flash_attention(device: str) -> bool:
+    return device == "cuda" and is_flash_attn_2_available()
 
 
 def peak_memory(device: str, call: Callable) -> float | None:
@@ -155,8 +159,8 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 def run_equality(args: Namespace, clock: Clock) -> dict:
     """Of what needs no compiler."""
-    flash = args.device == "cuda" and is_flash_attn_2_available()
-    return compare_implementations(["eager", "sdpa", *["flash_attention_2"] * flash], args.device)
+    flash = ["flash_attention_2"] if has_flash_attention(args.device) else []
+    return compare_implementations(["eager", "sdpa", *flash], args.device)
 
 
 def run_flex(args: Namespace, clock: Clock) -> dict:
@@ -222,13 +226,13 @@ def speed_models(device: str) -> dict[str, ModernAlbertConfig]:
 def run_speed(args: Namespace, clock: Clock) -> dict:
     """Tables of each shape: forward pass and training step in bf16, of ModernBERT, ours without experts and routed.
 
-    Then the same of compiled layers, for the largest shape, full rows of 512 tokens: each costs its compilation. Last, which
-    kernels the time of a training step goes to.
+    On a GPU then, for the last model and full rows of the first length: which kernels the time of a training step goes to, and
+    the tables with compiled layers beside the others, since each costs its compilation.
     """
     shapes = {512: 32, 8192: 2} if args.device == "cuda" else {128: 4}
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     peak = peak_flops(torch.device(args.device), args.device == "cuda")
-    attention = "flash_attention_2" if args.device == "cuda" and is_flash_attn_2_available() else "sdpa"
+    attention = "flash_attention_2" if has_flash_attention(args.device) else "sdpa"
     figures = {}
 
     def measure(models, inputs, training, title):
@@ -264,10 +268,8 @@ def run_speed(args: Namespace, clock: Clock) -> dict:
     inputs = speed_batch(config.vocab_size, batch, length, 1.0, args.device)
     if args.device == "cuda":
         figures["kernels"] = profile_step(models["ours, routed"], inputs, dtype)
+        models |= {f"{name}, compiled": compile_layers(copy.deepcopy(model)) for name, model in models.items()}
         for training in (True, False):
-            for name in list(models):
-                if "compiled" not in name and training:
-                    models[f"{name}, compiled"] = compile_layers(copy.deepcopy(models[name]))
             kind = "training step" if training else "forward"
             measure(models, inputs, training, f"{preset}, {batch} x {length}, compiled layers, {kind}")
     return figures

@@ -327,16 +327,20 @@ class EncoderDistiller:
         """What the teacher says of a batch of `AlignedCollator`, with the clean `input_ids` as `clean_ids`.
 
         Returns:
-            `states` of all words `[words, hidden]`, `vectors` of the sequences `[sequences, width]` and, with `pairs`, which
-            of them are `pairs` and the `cosines` of their texts.
+            `states` of all words `[words, hidden]`, `vectors` of the sequences `[sequences, width]`, `sequence_ids`, the number
+            of each real token's sequence `[tokens]` and, with `pairs`, which sequences are `pairs` and the `cosines` of
+            their texts.
         """
-        sequence_ids, offsets = number_tokens(inputs)
+        real = inputs["attention_mask"].bool()
+        starts = (inputs["position_ids"] == 0) & real
+        sequence_ids = starts.flatten().cumsum(0).view_as(real)[real] - 1
+        offsets = inputs["position_ids"][real]
         if "teacher_input_ids" in inputs:
             teacher_ids, mask = inputs["teacher_input_ids"], inputs["teacher_attention_mask"]
         else:  # the student's tokens, each sequence in a row of its own
             shape = (int(sequence_ids[-1]) + 1, int(offsets.max()) + 1)
             teacher_ids, mask = (inputs["clean_ids"].new_zeros(shape) for _ in range(2))
-            teacher_ids[sequence_ids, offsets] = inputs["clean_ids"][inputs["attention_mask"].bool()]
+            teacher_ids[sequence_ids, offsets] = inputs["clean_ids"][real]
             mask[sequence_ids, offsets] = 1
         states, vectors = self.teacher(teacher_ids, mask)
         if "teacher_input_ids" in inputs:
@@ -344,7 +348,7 @@ class EncoderDistiller:
             states = mean_by_word(states.flatten(0, 1), inputs["teacher_words"].flatten(), words)
         else:
             states = states[sequence_ids, offsets]
-        expected = {"states": states, "vectors": vectors}
+        expected = {"states": states, "vectors": vectors, "sequence_ids": sequence_ids}
         if self.pair_head is not None:
             pairs, text_ids, text_mask = texts_of_pairs(teacher_ids, mask, self.teacher.sep_token_id)
             expected |= {"pairs": pairs, "cosines": vectors.new_zeros(0)}
@@ -370,7 +374,7 @@ class EncoderDistiller:
         if "words" in inputs:
             found = mean_by_word(found, inputs["words"][real], len(expected["states"]))
         hidden_loss = (1 - F.cosine_similarity(found, expected["states"], dim=-1)).sum() / num_words
-        means = mean_by_word(states, number_tokens(inputs)[0], len(expected["vectors"]))
+        means = mean_by_word(states, expected["sequence_ids"], len(expected["vectors"]))
         pooled = self.pooled_projection(means).float()
         pooled_loss = (1 - F.cosine_similarity(pooled, expected["vectors"], dim=-1)).sum() / num_sequences
         terms = {"hidden_loss": hidden_loss, "pooled_loss": pooled_loss}
@@ -378,13 +382,6 @@ class EncoderDistiller:
             predicted = self.pair_head(means).float()[expected["pairs"], 0]
             terms["pair_loss"] = (predicted - expected["cosines"]).square().sum() / num_sequences
         return terms
-
-
-def number_tokens(inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """The number of its sequence in the batch, and the position in it, of each real token, both `[tokens]`."""
-    real = inputs["attention_mask"].bool()
-    starts = (inputs["position_ids"] == 0) & real
-    return starts.flatten().cumsum(0).view_as(real)[real] - 1, inputs["position_ids"][real]
 
 
 def mean_by_word(states: torch.Tensor, words: torch.Tensor, count: int) -> torch.Tensor:
