@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -75,20 +76,42 @@ def test_an_implementation_that_disagrees_is_named(gpu, tmp_path, monkeypatch):
     assert not (tmp_path / "equality.json").exists() and (tmp_path / "mixture.json").exists()
 
 
+def test_a_failed_test_leaves_its_log(gpu, tmp_path, monkeypatch):
+    (tmp_path / "tests").mkdir()
+    code = "import pytest\n\n\n@pytest.mark.gpu\ndef test_sum():\n    assert 1 + 1 == 3\n"
+    (tmp_path / "tests" / "test_sums.py").write_text(code)
+    monkeypatch.setattr(gpu, "TESTS", tmp_path / "tests")
+    with pytest.raises(SystemExit, match="failed: tests"):
+        run(gpu, tmp_path / "out", "--stages", "tests")
+    assert "assert (1 + 1) == 3" in (tmp_path / "out" / "tests.log").read_text()
+
+
 def test_nothing_is_begun_without_time(gpu, tmp_path, capsys):
     assert run(gpu, tmp_path, "--minutes", "1e-9").keys() == {"machine"}
     assert "no time is left" in capsys.readouterr().out
 
 
+class EnoughTime:
+    """In the place of the benchmark's clock: after a probe there are 3 seconds for steps, however slow the machine is."""
+
+    def __init__(self, minutes: float):
+        self.start = time.monotonic()
+
+    @property
+    def left(self) -> float:
+        return time.monotonic() - self.start + 8  # 5 of which are for the files
+
+
 @pytest.mark.slow
-def test_training_takes_the_time_that_is_left(gpu, tmp_path):
+def test_training_takes_the_time_that_is_left(gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "Clock", EnoughTime)
     save_tokenizer(train_tokenizer(TEXTS, vocab_size=VOCAB), tmp_path / "tokenizer")
     (tmp_path / "texts.txt").write_text("\n".join(TEXTS * 20))
     shape = '{"hidden_size": 32, "intermediate_size": 32, "mol_intermediate_size": 32, "num_attention_heads": 2}'
     arguments = f"--preset nano --config_overrides '{shape}' --tokenizer {tmp_path / 'tokenizer'} --max_length 32"
     arguments += f" --train_data {tmp_path / 'texts.txt'} --per_device_train_batch_size 4 --logging_steps 1"
     found = run(
-        *(gpu, tmp_path / "out", "--stages", "train", "--minutes", "0.45", "--probe_steps", "2"),
+        *(gpu, tmp_path / "out", "--stages", "train", "--probe_steps", "2"),
         *("--train_arguments", arguments),
     )
     assert found["train"]["steps"] > 2 and found["train"]["seconds"] < 60
