@@ -113,7 +113,7 @@ def differentiate_dense(ctx, *grads: torch.Tensor) -> tuple[torch.Tensor | None,
 
 
 class RecomputedMixture(torch.autograd.Function):
-    """[`mix_dense`] that saves only its inputs, and not the widened activations of every slot: for accelerators."""
+    """[`mix_dense`] that saves only its inputs, and not the widened activations of every slot: for accelerators and half precision."""
 
     @staticmethod
     def forward(ctx, glu, scaling, projected, low_rank, weights, experts, in_B, out_A):
@@ -125,7 +125,7 @@ class RecomputedMixture(torch.autograd.Function):
 
 
 class GroupedMixture(torch.autograd.Function):
-    """[`mix_dense`], expert by expert over the tokens that chose it: the fast form on a CPU.
+    """[`mix_dense`], expert by expert over the tokens that chose it: the fast form on a CPU in float32.
 
     It processes chunks that fit the cache, and saves only its inputs: the backward pass recomputes each chunk and
     differentiates it. A backward pass with `create_graph` (double backward) runs [`mix_dense`].
@@ -189,12 +189,13 @@ class GroupedMixture(torch.autograd.Function):
         return None, None, grad_projected, grad_low, grad_weights.view_as(weights), None, grad_in_B, grad_out_A
 
 
-def choose_mixture(states: torch.Tensor, num_experts: int) -> Callable:
-    """The form of [`mix_dense`] that is fast where the states are; a traced graph gets the function itself."""
-    on_cpu = states.device.type == "cpu"
-    if is_traced(states) or (on_cpu and num_experts == 1):
+def choose_mixture(projected: torch.Tensor, num_experts: int) -> Callable:
+    """The form of [`mix_dense`] that is fast on a device in a precision; a traced graph gets the function itself."""
+    on_cpu = projected.device.type == "cpu"
+    if is_traced(projected) or (on_cpu and num_experts == 1):
         return mix_dense
-    return GroupedMixture.apply if on_cpu else RecomputedMixture.apply
+    # In half precision a CPU multiplies so fast that gathering the tokens of each expert takes longer than it saves.
+    return GroupedMixture.apply if on_cpu and projected.element_size() > 2 else RecomputedMixture.apply
 
 
 class ModernAlbertCorrections(nn.Module):
@@ -247,7 +248,7 @@ class ModernAlbertExperts(ModernAlbertCorrections):
         dtype = projected.dtype  # of lower precision than the parameters under autocast
         low_rank = F.linear(states, self.in_A.flatten(0, 1)).to(dtype)
         low_rank = low_rank.unflatten(-1, self.in_A.shape[:2])  # [tokens, E, r]
-        mix = choose_mixture(states, len(self.in_A))
+        mix = choose_mixture(projected, len(self.in_A))
         activated, low_rank_out = mix(
             *(glu, self.scaling, projected, low_rank, weights.to(dtype), chosen),
             *(self.in_B.to(dtype), self.out_A.to(dtype)),

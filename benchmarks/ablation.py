@@ -161,6 +161,7 @@ def train(args: Namespace, name: str, rate: float, seed: int) -> None:
         model = model_arguments(args, name)
     if args.distil:
         model += ("--teacher", args.distil, "--masked_share", "0", "--bf16", "true")
+        model += ("--teacher_cache", str(args.output_dir / "teacher.sqlite"))
     pretrain(args, folder, args.steps, seed, rate, *model, batch_size=args.batch_size)
     print(f"{folder.name}: {read_losses(folder)}, {time.perf_counter() - begin:.0f} s", flush=True)
 

@@ -323,11 +323,18 @@ def test_the_form_for_accelerators_keeps_no_activation_of_a_slot(make_mol, monke
 
 
 @pytest.mark.parametrize(
-    ("device", "experts", "expected"),
-    [("cpu", 4, GroupedMixture), ("cpu", 1, None), ("meta", 4, RecomputedMixture), ("meta", 1, RecomputedMixture)],
+    ("device", "dtype", "experts", "expected"),
+    [
+        ("cpu", torch.float32, 4, GroupedMixture),
+        ("cpu", torch.float64, 4, GroupedMixture),
+        ("cpu", torch.bfloat16, 4, RecomputedMixture),
+        ("cpu", torch.float32, 1, None),
+        ("meta", torch.float32, 4, RecomputedMixture),
+        ("meta", torch.float32, 1, RecomputedMixture),
+    ],
 )
-def test_each_device_has_its_form(device, experts, expected):
-    chosen = mixture_modernalbert.choose_mixture(torch.empty(3, 4, device=device), experts)
+def test_each_device_and_precision_has_its_form(device, dtype, experts, expected):
+    chosen = mixture_modernalbert.choose_mixture(torch.empty(3, 4, device=device, dtype=dtype), experts)
     assert chosen == (mixture_modernalbert.mix_dense if expected is None else expected.apply)
 
 
