@@ -6,11 +6,13 @@
 Every variant is pretrained on the same tokens, by `scripts/pretrain.py`: with the first seed at each of
 `--learning_rates`, then with all `--seeds` at its best rate, so that none is compared at the rate of another. They start
 from scratch, or with `--teacher` from the layers of a ModernBERT, by `scripts/init_from_teacher.py`; only `depth_lora`
-takes its LoRAs from there as well (as Relaxed Recursive Transformers do), experts begin as corrections of nothing.
+takes its LoRAs from there as well (as Relaxed Recursive Transformers do), experts begin as corrections of nothing. With
+`--start` they go on from a trained ModernALBERT without experts: at first all compute the same, so that what they differ in is
+what their additional weights have learned.
 `unshared` has the widths of the others, and weights for every layer it runs; it says what sharing costs. Variants that
-end in `-matched` are brought to the parameters of `mol`. With `--distil`, they learn the states of an encoder from scratch, on
-clean text, which has less noise than masked words: the loss is 1 - cosine of tokens plus that of pooled texts. With `--tasks`, written as for `benchmarks/merging.py`, the
-models are then fine-tuned.
+end in `-matched` are brought to the parameters of `mol`. `--changes` adds variants that change fields of `mol`. With `--distil`, they
+learn the states of an encoder, on clean text, which has less noise than masked words: the loss is 1 - cosine of tokens plus that
+of pooled texts. With `--tasks`, written as for `benchmarks/merging.py`, the models are then fine-tuned.
 
 The command can be given again: a run that has ended is kept, one that was stopped is resumed. Writes `ablation.json`,
 `ablation.md`, and plots: `ablation.svg`, loss over tokens and quality over parameters, `ablation-usage.svg`, use of the
@@ -20,13 +22,15 @@ experts over depth.
 import copy
 import json
 import math
+import re
 import statistics
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from common import (
     BATCH,
     LENGTH,
@@ -44,12 +48,16 @@ from common import (
     start_script,
     train_tokenizer,
 )
+from safetensors.torch import save_file
 from scipy.stats import t
+from transformers import set_seed
 
 from modernalbert import ModernAlbertConfig, ModernAlbertModel
 from modernalbert.configuration_modernalbert import PRESETS
 from modernalbert.tokenization import load_tokenizer, padded_vocab_size
 from modernalbert.training.cli import parse_json, run_script
+from modernalbert.training.export.embedder import read_projection
+from modernalbert.training.export.folder import draft_folder
 from modernalbert.training.reports.html import draw_panels
 from modernalbert.training.reports.routing import describe_routing, draw_group, read_batches
 from modernalbert.training.runs import write_json, write_text
@@ -111,10 +119,20 @@ def match_parameters(config: ModernAlbertConfig, total: int) -> ModernAlbertConf
     return matched
 
 
-def overrides(name: str, preset: str, vocab_size: int, shape: dict[str, Any] | None = None) -> dict[str, Any]:
-    """All fields in which a variant's configuration differs from its preset's; `shape` are those of all variants."""
+def overrides(
+    name: str, preset: str, vocab_size: int, shape: dict[str, Any] | None = None, change: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """All fields in which a variant's configuration differs from its preset's.
+
+    Args:
+        name: Of the variant.
+        preset: Shape, of which the variants differ.
+        vocab_size: Of the tokenizer.
+        shape: Fields of all variants.
+        change: Fields of one that is not in `VARIANTS`.
+    """
     shape = shape or {}
-    fields = {**shape, **VARIANTS[name]}
+    fields = {**shape, **(VARIANTS[name] if change is None else change)}
     sizes = {"vocab_size": vocab_size, "pad_token_id": None}  # the preset's may lie outside another vocabulary
     sizes |= shape
     base = ModernAlbertConfig.preset(preset, **sizes)
@@ -128,6 +146,69 @@ def overrides(name: str, preset: str, vocab_size: int, shape: dict[str, Any] | N
     return fields
 
 
+# Fields of a trained model that its variants have as well.
+SHAPE = (
+    *(
+        "vocab_size",
+        "embedding_size",
+        "hidden_size",
+        "intermediate_size",
+        "mol_intermediate_size",
+        "max_position_embeddings",
+    ),
+    *("num_attention_heads", "num_hidden_layers", "num_hidden_groups"),
+    *("pad_token_id", "bos_token_id", "cls_token_id", "eos_token_id", "sep_token_id"),
+)
+
+
+def read_shape(args: Namespace) -> dict[str, Any]:
+    """Fields of all variants: those of `--start`, if there is one, and those given.
+
+    Raises:
+        ValueError: The model to start from has experts.
+    """
+    given = parse_json("config_overrides", args.config_overrides)
+    if not args.start:
+        return given
+    config = ModernAlbertConfig.from_pretrained(args.start)
+    if config.modulation != "none" and config.mol_groups:
+        raise ValueError(
+            f"'{args.start}' has `ffn_modulation` '{config.modulation}': start from a model without, or a merged one"
+        )
+    groups = {"mol_groups": config.mol_groups} if config.mol_groups else {}
+    return {name: getattr(config, name) for name in SHAPE} | groups | given
+
+
+@torch.no_grad()
+def grow(encoder: ModernAlbertModel, config: ModernAlbertConfig) -> ModernAlbertModel:
+    """A model that computes what a trained one without experts does, with more weights to learn.
+
+    Layers that shared weights get copies of them, neurons that are added an output of 0, experts correct nothing.
+
+    Args:
+        encoder: The trained model.
+        config: Of the new one, with as many layers, and feed-forward layers at least as wide.
+    """
+    grown = ModernAlbertModel._from_config(config)
+    given = encoder.state_dict()
+    for name, tensor in grown.state_dict().items():
+        if name.startswith("layers."):
+            _, group, rest = name.split(".", 2)
+            source = int(group) * config.layers_per_group // encoder.config.layers_per_group
+            name = f"layers.{source}.{rest}"
+        if name not in given:  # experts and routers
+            continue
+        if name.endswith("mlp.Wi.weight"):  # [2I, hidden]: gates, then values
+            gates, values = given[name].chunk(2)
+            new_gates, new_values = tensor.chunk(2)
+            new_gates[: len(gates)], new_values[: len(values)] = gates, values
+        elif name.endswith("mlp.Wo.weight"):  # [hidden, I]
+            tensor.zero_()[:, : given[name].shape[1]] = given[name]
+        else:
+            tensor.copy_(given[name])
+    return grown
+
+
 def run_folder(args: Namespace, name: str, rate: float, seed: int) -> Path:
     return args.output_dir / f"{name}-{args.steps}-{rate:g}-{seed}"
 
@@ -138,16 +219,31 @@ def initial_folder(args: Namespace, name: str, seed: int) -> Path:
 
 def model_arguments(args: Namespace, name: str) -> tuple[str, ...]:
     """Arguments of a script that builds a variant."""
+    return ("--preset", args.preset, "--config_overrides", json.dumps(variant_fields(args, name)))
+
+
+def variant_fields(args: Namespace, name: str) -> dict[str, Any]:
+    """Fields in which a variant of this study differs from its preset."""
     vocab_size = padded_vocab_size(load_tokenizer(args.output_dir / "tokenizer"))
-    fields = overrides(name, args.preset, vocab_size, parse_json("config_overrides", args.config_overrides))
-    return ("--preset", args.preset, "--config_overrides", json.dumps(fields))
+    return overrides(name, args.preset, vocab_size, read_shape(args), args.changes.get(name))
 
 
 def initialise(args: Namespace, name: str, seed: int) -> None:
-    """Writes a variant with weights of the teacher, unless it is there."""
+    """Writes a variant with weights of the teacher, or of the model to start from, unless it is there."""
     folder = initial_folder(args, name, seed)
-    if not folder.exists():
-        experts = "svd" if VARIANTS[name].get("ffn_modulation") == "depth_lora" else "zero"
+    if folder.exists():
+        return
+    if args.start:
+        set_seed(seed)
+        config = ModernAlbertConfig.preset(args.preset, **variant_fields(args, name))
+        with draft_folder(folder) as draft:
+            grow(ModernAlbertModel.from_pretrained(args.start, dtype=torch.float32), config).save_pretrained(draft)
+            if (projection := read_projection(args.start)) is not None:  # of an embedder, to its teacher
+                (draft / "2_Dense").mkdir()
+                tensors = {f"linear.{name}": tensor for name, tensor in projection.state_dict().items()}
+                save_file(tensors, draft / "2_Dense" / "model.safetensors")
+    else:
+        experts = "svd" if name.startswith("depth_lora") else "zero"
         source = ("--teacher", args.teacher, "--experts", experts, "--seed", str(seed))
         start_script("init_from_teacher", *source, *model_arguments(args, name), "--output_dir", str(folder))
 
@@ -155,13 +251,13 @@ def initialise(args: Namespace, name: str, seed: int) -> None:
 def train(args: Namespace, name: str, rate: float, seed: int) -> None:
     """One run of pretraining, unless it has ended before."""
     begin, folder = time.perf_counter(), run_folder(args, name, rate, seed)
-    if args.teacher:
+    if args.teacher or args.start:
         model = ("--model_name_or_path", str(initial_folder(args, name, seed)))
     else:
         model = model_arguments(args, name)
     if args.distil:
         model += ("--teacher", args.distil, "--masked_share", "0", "--bf16", "true")
-        model += ("--teacher_cache", str(args.output_dir / "teacher.sqlite"))
+        model += ("--teacher_cache", str(args.teacher_cache or args.output_dir / "teacher.sqlite"))
     pretrain(args, folder, args.steps, seed, rate, *model, batch_size=args.batch_size)
     print(f"{folder.name}: {read_losses(folder)}, {time.perf_counter() - begin:.0f} s", flush=True)
 
@@ -203,17 +299,18 @@ def compare(ours: list[float], others: list[float]) -> dict[str, float | None]:
     return {"mean": statistics.mean(differences), "half_width": half}
 
 
-def summarise(values: dict[str, list[float]], larger_is_better: bool) -> dict[str, Any]:
+def summarise(values: dict[str, list[float]], larger_is_better: bool, changes: Iterable[str] = ()) -> dict[str, Any]:
     """Figures of one measure.
 
     Args:
         values: Of each variant, one for each seed, in the same order.
         larger_is_better: Whether it is a score, and not a loss.
+        changes: Variants that are compared with `mol`.
 
     Returns:
         `variants`: `mean`, `standard_error`, the paired difference `minus_none`, and `gap_closed`, the share of the way
-        from the mean of `none` to that of `unshared`, None where `unshared` is no better. `pairs`: `PAIRS`, as far as
-        they were run.
+        from the mean of `none` to that of `unshared`, None where `unshared` is no better. `pairs`: `PAIRS` and those of
+        `changes`, as far as they were run.
     """
     means = {name: statistics.mean(own) for name, own in values.items()}
     gap = None
@@ -229,7 +326,8 @@ def summarise(values: dict[str, list[float]], larger_is_better: bool) -> dict[st
         }
         for name, own in values.items()
     }
-    pairs = {f"{a} - {b}": compare(values[a], values[b]) for a, b in PAIRS if {a, b} <= values.keys()}
+    pairs = PAIRS + [(name, "mol") for name in changes]
+    pairs = {f"{a} - {b}": compare(values[a], values[b]) for a, b in pairs if {a, b} <= values.keys()}
     return {"values": values, "variants": variants, "pairs": pairs}
 
 
@@ -265,7 +363,7 @@ def collect(args: Namespace, tasks: list[str]) -> dict[str, Any]:
             found = [best_run(args, name, seed, task) / "results.json" for seed in args.seeds]
             scores = [100 * next(iter(json.loads(path.read_text())["scores"].values())) for path in found]
             measures.setdefault(task, {})[name] = scores
-    measures = {measure: summarise(values, measure in tasks) for measure, values in measures.items()}
+    measures = {name: summarise(values, name in tasks, args.changes) for name, values in measures.items()}
     return {
         "tokens": args.steps * args.batch_size * LENGTH,
         "seeds": args.seeds,
@@ -362,9 +460,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--train_data", nargs="+", required=True)
     parser.add_argument("--validation_data", nargs="+", required=True)
     parser.add_argument("--teacher", help="ModernBERT to start from; from scratch without one")
+    parser.add_argument("--start", help="trained ModernALBERT without experts to go on from")
     parser.add_argument("--distil", help="encoder or SentenceTransformer to distil from, in place of masked words")
     parser.add_argument(
         "--config_overrides", default="{}", help="fields of all variants that differ from the preset's"
+    )
+    parser.add_argument("--teacher_cache", type=Path, help="with --distil: states of the encoder, for several studies")
+    parser.add_argument(
+        "--changes", default="{}", help='more variants as JSON: {"large-alpha": {"expert_alpha": 128}}'
     )
     parser.add_argument("--tasks", help="JSON file, see above")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/benchmark-ablation"))
@@ -380,20 +483,30 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--validation_examples", type=count, default=2000, help="of each task")
     parser.add_argument("--processes", type=count, default=2, help="runs at a time, one thread each")
     args = parser.parse_args(argv)
-    if args.teacher and args.distil:
-        parser.error("--distil is from scratch: leave --teacher out")
+    if args.teacher and (args.distil or args.start):
+        parser.error("--teacher is a start of its own: leave --distil and --start out")
+    args.changes = parse_json("changes", args.changes)
+    for name, fields in args.changes.items():
+        if not re.fullmatch(r"[\w.-]+", name) or name in VARIANTS or not isinstance(fields, dict):
+            parser.error(
+                f"--changes maps new names of letters, digits, '.', '_' and '-' to fields of `mol`, got {name!r}: {fields}"
+            )
+    args.variants += args.changes
     tasks = read_tasks(args.tasks, "train_files", "validation_files")
-    chosen = ("variants", "steps", "learning_rates", "seeds")  # the folders of the runs tell these apart
-    bind_folder(args, tasks, ignore=chosen, models=[model for model in (args.teacher, args.distil) if model])
+    # The folders of the runs tell these apart.
+    chosen = ("variants", "steps", "learning_rates", "seeds", "teacher_cache", "changes")
+    fields = {f"change {name}": fields for name, fields in args.changes.items()}
+    models = [model for model in (args.teacher, args.start, args.distil) if model]
+    bind_folder(args, tasks, ignore=chosen, models=models, more=fields)
 
     def run_all(function: Callable, jobs: list[tuple]) -> None:
         run_jobs(args.processes, function, [(args, *job) for job in jobs])
 
-    if args.teacher or args.distil:
-        load_tokenizer(args.teacher or args.distil).save_pretrained(args.output_dir / "tokenizer")
+    if models:
+        load_tokenizer(models[0]).save_pretrained(args.output_dir / "tokenizer")
     else:
         train_tokenizer(args)
-    if args.teacher:
+    if args.teacher or args.start:
         run_all(initialise, [(name, seed) for name in args.variants for seed in args.seeds])
     run_all(train, [(name, rate, args.seeds[0]) for name in args.variants for rate in args.learning_rates])
     rates = {name: next(iter(sweep(args, name))) for name in args.variants}

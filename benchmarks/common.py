@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 import transformers
@@ -67,7 +68,11 @@ def read_tasks(path: str | None, *required: str) -> dict[str, dict]:
 
 
 def bind_folder(
-    args: Namespace, tasks: dict[str, dict], ignore: Iterable[str] = (), models: Iterable[str] = ()
+    args: Namespace,
+    tasks: dict[str, dict],
+    ignore: Iterable[str] = (),
+    models: Iterable[str] = (),
+    more: dict[str, Any] | None = None,
 ) -> None:
     """Binds `--output_dir` to the settings and data of a study, so that runs of another study are never reused.
 
@@ -79,6 +84,7 @@ def bind_folder(
         ignore: Arguments that the names of the runs' folders tell apart.
         models: Models, which count with the content of their folders. So do the files of `--train_data`,
             `--validation_data` and the tasks.
+        more: Other settings, by name.
 
     Raises:
         ValueError: The folder belongs to a study with other settings or data.
@@ -86,7 +92,7 @@ def bind_folder(
     """
     ignore = {"output_dir", "processes", "tasks", "job", *ignore}
     settings = {name: value for name, value in vars(args).items() if name not in ignore}
-    settings |= {f"task {name}": task for name, task in tasks.items()}
+    settings |= {f"task {name}": task for name, task in tasks.items()} | (more or {})
     data = [name for task in tasks.values() for key in ("train_files", "validation_files") for name in task[key]]
     for name in (*args.train_data, *args.validation_data, *data):
         if is_local(name):

@@ -63,7 +63,7 @@ def test_variants_differ_in_what_they_are_about(ablation, preset):
 
 @pytest.fixture
 def args(tmp_path):
-    shape = {"preset": "nano", "config_overrides": "{}", "distil": None, "batch_size": 8}
+    shape = {"preset": "nano", "config_overrides": "{}", "distil": None, "start": None, "changes": {}, "batch_size": 8}
     return Namespace(
         output_dir=tmp_path, variants=list(LOSSES), steps=1000, learning_rates=RATES, seeds=SEEDS, **shape
     )
@@ -184,7 +184,7 @@ def test_variants_of_another_shape_are_distilled_from_scratch(ablation, tmp_path
     save_tokenizer(train_tokenizer(["A text."], vocab_size=300, model_max_length=64), tmp_path / "tokenizer")
     shape = {"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 12, "mol_intermediate_size": 96}
     args = Namespace(output_dir=tmp_path, preset="nano", teacher=None, distil="runs/encoder", steps=10, batch_size=8)
-    args.config_overrides = json.dumps(shape)
+    args.config_overrides, args.start, args.changes, args.teacher_cache = json.dumps(shape), None, {}, None
     configs = {}
     for name in ("mol", "none-matched", "moa-matched", "unshared"):
         ablation.train(args, name, 1e-3, 7)
