@@ -175,8 +175,8 @@ def read_shape(args: Namespace) -> dict[str, Any]:
         raise ValueError(
             f"'{args.start}' has `ffn_modulation` '{config.modulation}': start from a model without, or a merged one"
         )
-    groups = {"mol_groups": config.mol_groups} if config.mol_groups else {}
-    return {name: getattr(config, name) for name in SHAPE} | groups | given
+    # Where it names none, the last two, as in a new model.
+    return {name: getattr(config, name) for name in SHAPE} | {"mol_groups": config.mol_groups or None} | given
 
 
 @torch.no_grad()

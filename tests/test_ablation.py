@@ -4,13 +4,17 @@ import json
 import sys
 import time
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
+import torch
 from helpers import BENCHMARKS, load_script
+from safetensors.torch import save_file
 
 import modernalbert
-from modernalbert import ModernAlbertConfig
+from modernalbert import ModernAlbertConfig, ModernAlbertModel
 from modernalbert.tokenization import save_tokenizer, train_tokenizer
+from modernalbert.training.export.embedder import read_projection
 
 
 SEEDS, RATES = [0, 1, 2], [0.001, 0.002, 0.004]
@@ -158,7 +162,7 @@ def test_variants_start_from_the_teacher(ablation, tmp_path, monkeypatch):
     )
     monkeypatch.setattr(ablation, "read_losses", lambda folder: {})
     save_tokenizer(train_tokenizer(["A text."], vocab_size=300, model_max_length=64), tmp_path / "tokenizer")
-    shape = {"preset": "nano", "config_overrides": "{}", "distil": None}
+    shape = {"preset": "nano", "config_overrides": "{}", "distil": None, "start": None, "changes": {}}
     args = Namespace(output_dir=tmp_path, teacher="runs/teacher", steps=10, batch_size=8, **shape)
     for name in ablation.VARIANTS:
         ablation.initialise(args, name, 7)
@@ -174,6 +178,126 @@ def test_variants_start_from_the_teacher(ablation, tmp_path, monkeypatch):
     (tmp_path / "mol-start-7").mkdir()
     ablation.initialise(args, "mol", 7)
     assert not commands
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A folder with an encoder of four layers in two groups, without experts, and a projection to its teacher."""
+    sizes = {
+        "vocab_size": 320,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "mol_intermediate_size": 96,
+        "embedding_size": 32,
+    }
+    depth = {"num_attention_heads": 2, "num_hidden_layers": 4, "num_hidden_groups": 2, "mol_groups": []}
+    torch.manual_seed(0)
+    folder = tmp_path / "trained"
+    ModernAlbertModel(ModernAlbertConfig.preset("nano", **sizes, **depth)).save_pretrained(folder)
+    (folder / "2_Dense").mkdir()
+    projection = {"linear.weight": torch.randn(16, 64), "linear.bias": torch.randn(16)}
+    save_file(projection, folder / "2_Dense" / "model.safetensors")
+    return folder, projection
+
+
+def test_variants_of_a_trained_encoder_compute_what_it_does(ablation, trained, tmp_path):
+    """All at the start the same, with weights that can learn to differ; what is matched has the parameters of `mol`."""
+    start, projection = trained
+    args = Namespace(output_dir=tmp_path, preset="nano", start=str(start), teacher=None, config_overrides="{}")
+    args.changes = {"four": {"num_experts_per_tok": 4}}
+    save_tokenizer(train_tokenizer(["A text."], vocab_size=300, model_max_length=64), tmp_path / "tokenizer")
+    input_ids = torch.arange(4, 44).view(2, 20)
+    expected = ModernAlbertModel.from_pretrained(start).eval()(input_ids).last_hidden_state
+    sizes = {}
+    for name in (*ablation.VARIANTS, "four"):
+        ablation.initialise(args, name, 7)
+        model = ModernAlbertModel.from_pretrained(tmp_path / f"{name}-start-7").eval()
+        output = model(input_ids).last_hidden_state
+        torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+        (output * torch.randn(output.shape, generator=torch.Generator().manual_seed(0))).sum().backward()
+        learning = {key for key, weight in model.named_parameters() if weight.grad is not None and weight.grad.any()}
+        assert {f"layers.{group}.mlp.Wo.weight" for group in range(model.config.num_hidden_groups)} <= learning
+        if model.config.modulation != "none":
+            assert any(key.endswith(("out_B", "up")) for key in learning)
+        torch.testing.assert_close(read_projection(tmp_path / f"{name}-start-7").weight, projection["linear.weight"])
+        sizes[name] = model.num_parameters()
+    assert min(sizes["unshared"], sizes["mol"]) > sizes["none"]
+    for name in ("none-matched", "depth_lora-matched", "moa-matched"):
+        assert abs(sizes[name] - sizes["mol"]) <= 0.02 * sizes["mol"]
+    ablation.initialise(args, "mol", 7)  # what is there is not made again, which would be refused
+
+    args.start = str(tmp_path / "mol-start-7")
+    with pytest.raises(ValueError, match="mol-start-7' has `ffn_modulation` 'mol': start from a model without"):
+        ablation.read_shape(args)
+
+
+def test_changes_are_compared_with_the_mixture(ablation):
+    values = {"mol": [3.0, 3.2, 3.1], "large-alpha": [2.9, 3.1, 3.0]}
+    pairs = ablation.summarise(values, False, ["large-alpha", "not-run"])["pairs"]
+    assert pairs == {"large-alpha - mol": {"mean": pytest.approx(-0.1), "half_width": pytest.approx(0, abs=1e-9)}}
+
+
+@pytest.mark.parametrize("changes", ['{"mol": {"expert_rank": 4}}', '{"a/b": {"expert_rank": 4}}', '{"rank": 4}'])
+def test_changes_without_a_name_or_fields_are_refused(ablation, tmp_path, capsys, changes):
+    command = ["--train_data", "a", "--validation_data", "b", "--output_dir", str(tmp_path), "--changes", changes]
+    with pytest.raises(SystemExit, match="2"):
+        ablation.main(command)
+    assert "--changes maps new names" in capsys.readouterr().err
+
+
+@pytest.fixture
+def sharing():
+    return load_script("sharing", BENCHMARKS)
+
+
+def test_cost_of_sharing_and_what_experts_give_back(sharing):
+    figures = sharing.summarise([3.0, 3.2, 3.1], [3.4, 3.6, 3.5], [3.3, 3.4, 3.5])
+    assert figures["cost"] == {"mean": pytest.approx(0.4), "half_width": pytest.approx(0, abs=1e-9)}
+    assert figures["gain"] == {"mean": pytest.approx(0.1), "half_width": pytest.approx(T * 0.1 / 3**0.5, rel=1e-6)}
+    assert figures["share"] == pytest.approx(0.25)
+    assert "| 4 | +0.4000 ± 0.0000 | +0.1000 ± 0.2484 | 25% |" in sharing.tabulate({4: figures})
+    assert sharing.summarise([3.0], [2.9], [2.8])["share"] is None  # sharing costs nothing
+
+
+def test_each_number_of_groups_is_a_study(sharing, tmp_path, monkeypatch):
+    studies = []
+
+    def study(command):
+        given = dict(
+            zip(
+                command[command.index("--config_overrides") :: 2],
+                command[command.index("--config_overrides") + 1 :: 2],
+                strict=True,
+            )
+        )
+        shape = json.loads(given["--config_overrides"])
+        variants = command[1 : command.index("--config_overrides")]
+        studies.append((shape, variants, given["--teacher_cache"], given["--seeds"]))
+        losses = {
+            name: [{"none": 3.0, "mol": 2.9, "unshared": 2.8}[name] - 0.1 * shape["num_hidden_groups"]]
+            for name in variants
+        }
+        Path(given["--output_dir"]).mkdir(parents=True)
+        measures = {"distillation loss, a": {"values": losses}, "task": {"values": {}}}
+        (Path(given["--output_dir"]) / "ablation.json").write_text(json.dumps({"measures": measures}))
+
+    monkeypatch.setattr(sharing.ablation, "main", study)
+    shape = '{"num_hidden_layers": 4, "hidden_size": 64}'
+    sharing.main(
+        ["--num_hidden_groups", "1", "2", "--config_overrides", shape, "--output_dir", str(tmp_path), "--seeds", "0"]
+    )
+    (wide, first, cache, seed), (narrow, second, *_) = studies
+    assert (wide["num_hidden_groups"], wide["mol_groups"], wide["hidden_size"]) == (2, [0, 1], 64)
+    assert (narrow["num_hidden_groups"], narrow["mol_groups"]) == (1, [0])
+    assert (first, second) == (["none", "mol", "unshared"], ["none", "mol"])  # what shares nothing is the same for all
+    assert (cache, seed) == (str(tmp_path / "teacher.sqlite"), "0")
+    results = json.loads((tmp_path / "sharing.json").read_text())
+    assert results["4"]["cost"]["mean"] == pytest.approx(2.9 - 2.6) and results["2"]["share"] == pytest.approx(0.5)
+    assert "runs of a group" in (tmp_path / "sharing.svg").read_text()
+
+    for wrong in (["--num_hidden_groups", "3"], ["--num_hidden_groups", "4"], ["--variants", "mol"]):
+        with pytest.raises(SystemExit, match="2"):
+            sharing.main([*wrong, "--config_overrides", shape, "--output_dir", str(tmp_path / "no")])
 
 
 def test_variants_of_another_shape_are_distilled_from_scratch(ablation, tmp_path, monkeypatch):
