@@ -6,9 +6,7 @@
 Every variant is pretrained on the same tokens, by `scripts/pretrain.py`: with the first seed at each of
 `--learning_rates`, then with all `--seeds` at its best rate, so that none is compared at the rate of another. They start
 from scratch, or with `--teacher` from the layers of a ModernBERT, by `scripts/init_from_teacher.py`; only `depth_lora`
-takes its LoRAs from there as well (as Relaxed Recursive Transformers do), experts begin as corrections of nothing. With
-`--start` they go on from a trained ModernALBERT without experts: at first all compute the same, so that what they differ in is
-what their additional weights have learned.
+takes its LoRAs from there as well (as Relaxed Recursive Transformers do), experts begin as corrections of nothing.
 `unshared` has the widths of the others, and weights for every layer it runs; it says what sharing costs. Variants that
 end in `-matched` are brought to the parameters of `mol`. `--changes` adds variants that change fields of `mol`. With `--distil`, they
 learn the states of an encoder, on clean text, which has less noise than masked words: the loss is 1 - cosine of tokens plus that
@@ -30,7 +28,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from common import (
     BATCH,
     LENGTH,
@@ -48,16 +45,12 @@ from common import (
     start_script,
     train_tokenizer,
 )
-from safetensors.torch import save_file
 from scipy.stats import t
-from transformers import set_seed
 
 from modernalbert import ModernAlbertConfig, ModernAlbertModel
 from modernalbert.configuration_modernalbert import PRESETS
 from modernalbert.tokenization import load_tokenizer, padded_vocab_size
 from modernalbert.training.cli import parse_json, run_script
-from modernalbert.training.export.embedder import read_projection
-from modernalbert.training.export.folder import draft_folder
 from modernalbert.training.reports.html import draw_panels
 from modernalbert.training.reports.routing import describe_routing, draw_group, read_batches
 from modernalbert.training.runs import write_json, write_text
@@ -146,69 +139,6 @@ def overrides(
     return fields
 
 
-# Fields of a trained model that its variants have as well.
-SHAPE = (
-    *(
-        "vocab_size",
-        "embedding_size",
-        "hidden_size",
-        "intermediate_size",
-        "mol_intermediate_size",
-        "max_position_embeddings",
-    ),
-    *("num_attention_heads", "num_hidden_layers", "num_hidden_groups"),
-    *("pad_token_id", "bos_token_id", "cls_token_id", "eos_token_id", "sep_token_id"),
-)
-
-
-def read_shape(args: Namespace) -> dict[str, Any]:
-    """Fields of all variants: those of `--start`, if there is one, and those given.
-
-    Raises:
-        ValueError: The model to start from has experts.
-    """
-    given = parse_json("config_overrides", args.config_overrides)
-    if not args.start:
-        return given
-    config = ModernAlbertConfig.from_pretrained(args.start)
-    if config.modulation != "none" and config.mol_groups:
-        raise ValueError(
-            f"'{args.start}' has `ffn_modulation` '{config.modulation}': start from a model without, or a merged one"
-        )
-    # Where it names none, the last two, as in a new model.
-    return {name: getattr(config, name) for name in SHAPE} | {"mol_groups": config.mol_groups or None} | given
-
-
-@torch.no_grad()
-def grow(encoder: ModernAlbertModel, config: ModernAlbertConfig) -> ModernAlbertModel:
-    """A model that computes what a trained one without experts does, with more weights to learn.
-
-    Layers that shared weights get copies of them, neurons that are added an output of 0, experts correct nothing.
-
-    Args:
-        encoder: The trained model.
-        config: Of the new one, with as many layers, and feed-forward layers at least as wide.
-    """
-    grown = ModernAlbertModel._from_config(config)
-    given = encoder.state_dict()
-    for name, tensor in grown.state_dict().items():
-        if name.startswith("layers."):
-            _, group, rest = name.split(".", 2)
-            source = int(group) * config.layers_per_group // encoder.config.layers_per_group
-            name = f"layers.{source}.{rest}"
-        if name not in given:  # experts and routers
-            continue
-        if name.endswith("mlp.Wi.weight"):  # [2I, hidden]: gates, then values
-            gates, values = given[name].chunk(2)
-            new_gates, new_values = tensor.chunk(2)
-            new_gates[: len(gates)], new_values[: len(values)] = gates, values
-        elif name.endswith("mlp.Wo.weight"):  # [hidden, I]
-            tensor.zero_()[:, : given[name].shape[1]] = given[name]
-        else:
-            tensor.copy_(given[name])
-    return grown
-
-
 def run_folder(args: Namespace, name: str, rate: float, seed: int) -> Path:
     return args.output_dir / f"{name}-{args.steps}-{rate:g}-{seed}"
 
@@ -219,30 +149,16 @@ def initial_folder(args: Namespace, name: str, seed: int) -> Path:
 
 def model_arguments(args: Namespace, name: str) -> tuple[str, ...]:
     """Arguments of a script that builds a variant."""
-    return ("--preset", args.preset, "--config_overrides", json.dumps(variant_fields(args, name)))
-
-
-def variant_fields(args: Namespace, name: str) -> dict[str, Any]:
-    """Fields in which a variant of this study differs from its preset."""
     vocab_size = padded_vocab_size(load_tokenizer(args.output_dir / "tokenizer"))
-    return overrides(name, args.preset, vocab_size, read_shape(args), args.changes.get(name))
+    shape = parse_json("config_overrides", args.config_overrides)
+    fields = overrides(name, args.preset, vocab_size, shape, args.changes.get(name))
+    return ("--preset", args.preset, "--config_overrides", json.dumps(fields))
 
 
 def initialise(args: Namespace, name: str, seed: int) -> None:
-    """Writes a variant with weights of the teacher, or of the model to start from, unless it is there."""
+    """Writes a variant with weights of the teacher, unless it is there."""
     folder = initial_folder(args, name, seed)
-    if folder.exists():
-        return
-    if args.start:
-        set_seed(seed)
-        config = ModernAlbertConfig.preset(args.preset, **variant_fields(args, name))
-        with draft_folder(folder) as draft:
-            grow(ModernAlbertModel.from_pretrained(args.start, dtype=torch.float32), config).save_pretrained(draft)
-            if (projection := read_projection(args.start)) is not None:  # of an embedder, to its teacher
-                (draft / "2_Dense").mkdir()
-                tensors = {f"linear.{name}": tensor for name, tensor in projection.state_dict().items()}
-                save_file(tensors, draft / "2_Dense" / "model.safetensors")
-    else:
+    if not folder.exists():
         experts = "svd" if name.startswith("depth_lora") else "zero"
         source = ("--teacher", args.teacher, "--experts", experts, "--seed", str(seed))
         start_script("init_from_teacher", *source, *model_arguments(args, name), "--output_dir", str(folder))
@@ -251,7 +167,7 @@ def initialise(args: Namespace, name: str, seed: int) -> None:
 def train(args: Namespace, name: str, rate: float, seed: int) -> None:
     """One run of pretraining, unless it has ended before."""
     begin, folder = time.perf_counter(), run_folder(args, name, rate, seed)
-    if args.teacher or args.start:
+    if args.teacher:
         model = ("--model_name_or_path", str(initial_folder(args, name, seed)))
     else:
         model = model_arguments(args, name)
@@ -460,7 +376,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--train_data", nargs="+", required=True)
     parser.add_argument("--validation_data", nargs="+", required=True)
     parser.add_argument("--teacher", help="ModernBERT to start from; from scratch without one")
-    parser.add_argument("--start", help="trained ModernALBERT without experts to go on from")
     parser.add_argument("--distil", help="encoder or SentenceTransformer to distil from, in place of masked words")
     parser.add_argument(
         "--config_overrides", default="{}", help="fields of all variants that differ from the preset's"
@@ -483,8 +398,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--validation_examples", type=count, default=2000, help="of each task")
     parser.add_argument("--processes", type=count, default=2, help="runs at a time, one thread each")
     args = parser.parse_args(argv)
-    if args.teacher and (args.distil or args.start):
-        parser.error("--teacher is a start of its own: leave --distil and --start out")
+    if args.teacher and args.distil:
+        parser.error("--distil is from scratch: leave --teacher out")
     args.changes = parse_json("changes", args.changes)
     for name, fields in args.changes.items():
         if not re.fullmatch(r"[\w.-]+", name) or name in VARIANTS or not isinstance(fields, dict):
@@ -496,7 +411,7 @@ def main(argv: list[str] | None = None) -> None:
     # The folders of the runs tell these apart.
     chosen = ("variants", "steps", "learning_rates", "seeds", "teacher_cache", "changes")
     fields = {f"change {name}": fields for name, fields in args.changes.items()}
-    models = [model for model in (args.teacher, args.start, args.distil) if model]
+    models = [model for model in (args.teacher, args.distil) if model]
     bind_folder(args, tasks, ignore=chosen, models=models, more=fields)
 
     def run_all(function: Callable, jobs: list[tuple]) -> None:
@@ -506,7 +421,7 @@ def main(argv: list[str] | None = None) -> None:
         load_tokenizer(models[0]).save_pretrained(args.output_dir / "tokenizer")
     else:
         train_tokenizer(args)
-    if args.teacher or args.start:
+    if args.teacher:
         run_all(initialise, [(name, seed) for name in args.variants for seed in args.seeds])
     run_all(train, [(name, rate, args.seeds[0]) for name in args.variants for rate in args.learning_rates])
     rates = {name: next(iter(sweep(args, name))) for name in args.variants}

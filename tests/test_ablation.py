@@ -7,14 +7,11 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-import torch
 from helpers import BENCHMARKS, load_script
-from safetensors.torch import save_file
 
 import modernalbert
-from modernalbert import ModernAlbertConfig, ModernAlbertModel
+from modernalbert import ModernAlbertConfig
 from modernalbert.tokenization import save_tokenizer, train_tokenizer
-from modernalbert.training.export.embedder import read_projection
 
 
 SEEDS, RATES = [0, 1, 2], [0.001, 0.002, 0.004]
@@ -67,7 +64,7 @@ def test_variants_differ_in_what_they_are_about(ablation, preset):
 
 @pytest.fixture
 def args(tmp_path):
-    shape = {"preset": "nano", "config_overrides": "{}", "distil": None, "start": None, "changes": {}, "batch_size": 8}
+    shape = {"preset": "nano", "config_overrides": "{}", "distil": None, "changes": {}, "batch_size": 8}
     return Namespace(
         output_dir=tmp_path, variants=list(LOSSES), steps=1000, learning_rates=RATES, seeds=SEEDS, **shape
     )
@@ -162,7 +159,7 @@ def test_variants_start_from_the_teacher(ablation, tmp_path, monkeypatch):
     )
     monkeypatch.setattr(ablation, "read_losses", lambda folder: {})
     save_tokenizer(train_tokenizer(["A text."], vocab_size=300, model_max_length=64), tmp_path / "tokenizer")
-    shape = {"preset": "nano", "config_overrides": "{}", "distil": None, "start": None, "changes": {}}
+    shape = {"preset": "nano", "config_overrides": "{}", "distil": None, "changes": {}}
     args = Namespace(output_dir=tmp_path, teacher="runs/teacher", steps=10, batch_size=8, **shape)
     for name in ablation.VARIANTS:
         ablation.initialise(args, name, 7)
@@ -178,57 +175,6 @@ def test_variants_start_from_the_teacher(ablation, tmp_path, monkeypatch):
     (tmp_path / "mol-start-7").mkdir()
     ablation.initialise(args, "mol", 7)
     assert not commands
-
-
-@pytest.fixture
-def trained(tmp_path):
-    """A folder with an encoder of four layers in two groups, without experts, and a projection to its teacher."""
-    sizes = {
-        "vocab_size": 320,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "mol_intermediate_size": 96,
-        "embedding_size": 32,
-    }
-    depth = {"num_attention_heads": 2, "num_hidden_layers": 4, "num_hidden_groups": 2, "mol_groups": []}
-    torch.manual_seed(0)
-    folder = tmp_path / "trained"
-    ModernAlbertModel(ModernAlbertConfig.preset("nano", **sizes, **depth)).save_pretrained(folder)
-    (folder / "2_Dense").mkdir()
-    projection = {"linear.weight": torch.randn(16, 64), "linear.bias": torch.randn(16)}
-    save_file(projection, folder / "2_Dense" / "model.safetensors")
-    return folder, projection
-
-
-def test_variants_of_a_trained_encoder_compute_what_it_does(ablation, trained, tmp_path):
-    """All at the start the same, with weights that can learn to differ; what is matched has the parameters of `mol`."""
-    start, projection = trained
-    args = Namespace(output_dir=tmp_path, preset="nano", start=str(start), teacher=None, config_overrides="{}")
-    args.changes = {"four": {"num_experts_per_tok": 4}}
-    save_tokenizer(train_tokenizer(["A text."], vocab_size=300, model_max_length=64), tmp_path / "tokenizer")
-    input_ids = torch.arange(4, 44).view(2, 20)
-    expected = ModernAlbertModel.from_pretrained(start).eval()(input_ids).last_hidden_state
-    sizes = {}
-    for name in (*ablation.VARIANTS, "four"):
-        ablation.initialise(args, name, 7)
-        model = ModernAlbertModel.from_pretrained(tmp_path / f"{name}-start-7").eval()
-        output = model(input_ids).last_hidden_state
-        torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
-        (output * torch.randn(output.shape, generator=torch.Generator().manual_seed(0))).sum().backward()
-        learning = {key for key, weight in model.named_parameters() if weight.grad is not None and weight.grad.any()}
-        assert {f"layers.{group}.mlp.Wo.weight" for group in range(model.config.num_hidden_groups)} <= learning
-        if model.config.modulation != "none":
-            assert any(key.endswith(("out_B", "up")) for key in learning)
-        torch.testing.assert_close(read_projection(tmp_path / f"{name}-start-7").weight, projection["linear.weight"])
-        sizes[name] = model.num_parameters()
-    assert min(sizes["unshared"], sizes["mol"]) > sizes["none"]
-    for name in ("none-matched", "depth_lora-matched", "moa-matched"):
-        assert abs(sizes[name] - sizes["mol"]) <= 0.02 * sizes["mol"]
-    ablation.initialise(args, "mol", 7)  # what is there is not made again, which would be refused
-
-    args.start = str(tmp_path / "mol-start-7")
-    with pytest.raises(ValueError, match="mol-start-7' has `ffn_modulation` 'mol': start from a model without"):
-        ablation.read_shape(args)
 
 
 def test_changes_are_compared_with_the_mixture(ablation):
@@ -308,7 +254,7 @@ def test_variants_of_another_shape_are_distilled_from_scratch(ablation, tmp_path
     save_tokenizer(train_tokenizer(["A text."], vocab_size=300, model_max_length=64), tmp_path / "tokenizer")
     shape = {"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 12, "mol_intermediate_size": 96}
     args = Namespace(output_dir=tmp_path, preset="nano", teacher=None, distil="runs/encoder", steps=10, batch_size=8)
-    args.config_overrides, args.start, args.changes, args.teacher_cache = json.dumps(shape), None, {}, None
+    args.config_overrides, args.changes, args.teacher_cache = json.dumps(shape), {}, None
     configs = {}
     for name in ("mol", "none-matched", "moa-matched", "unshared"):
         ablation.train(args, name, 1e-3, 7)
