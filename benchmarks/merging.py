@@ -4,7 +4,8 @@
         --validation_data prose/validation.parquet --output_dir runs/benchmark-merging
 
 `--models` are routed masked language models that differ by their seed. For each of them: masked-LM loss of the routed
-model and of every merge of it, and for each task the metric of the routed classifier, of every merge of that classifier
+model and of every merge of it (with `--distil`, for models that learned the states of an encoder: 1 - cosine to them, of tokens
+plus that of pooled texts), and for each task the metric of the routed classifier, of every merge of that classifier
 (fine-tune, then merge), and of classifiers that were fine-tuned from merged models (merge, then fine-tune). Calibration
 text is the task's own training text, and `--train_data` for masked-LM. `tasks.json` maps a name to the arguments of
 `scripts/run_glue.py`: `{"sst2": {"train_files": [...], "validation_files": [...], "text_columns": ["sentence"]}}`.
@@ -38,10 +39,13 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from modernalbert import ModernAlbertForMaskedLM
 from modernalbert.mixture_modernalbert import ModernAlbertExperts
+from modernalbert.training.alignment import pack_sequences
 from modernalbert.training.callbacks import ROUTING_NAME, read_routing_weights
 from modernalbert.training.cli import run_script
 from modernalbert.training.data import load_texts, read_rows
+from modernalbert.training.distillation import EncoderDistiller, Teacher
 from modernalbert.training.evaluation.metrics import score_model
+from modernalbert.training.export.embedder import read_projection
 from modernalbert.training.packing import PackedCollator, TokenMasker, mask_rows, pack_texts
 from modernalbert.training.reports.merging import recovered_share
 from modernalbert.training.runs import write_json, write_text
@@ -79,6 +83,47 @@ def masked_batches(tokenizer, sources: list[str], rows: int) -> list[dict]:
     return [collate(packed.select(range(i, min(i + 32, len(packed)))).to_list()) for i in range(0, len(packed), 32)]
 
 
+@torch.no_grad()
+def distillation_losses(args: Namespace, folder: str) -> dict[str, float]:
+    """The loss that `scripts/pretrain.py` measures on clean text, of the routed model and of every merge."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    routed = ModernAlbertForMaskedLM.from_pretrained(folder).eval()
+    distiller = EncoderDistiller(Teacher(args.distil), routed)
+    learned = read_projection(folder)
+    if learned is None or distiller.projection is not distiller.pooled_projection:
+        raise ValueError(f"'{folder}' has no projection to the states of '{args.distil}'; was it distilled from it?")
+    distiller.projection.load_state_dict(learned.state_dict())
+    distiller.remove_heads(routed)
+
+    def batches(sources: list[str], rows: int) -> list[dict]:
+        texts = load_texts(sources)
+        texts = texts.select(range(min(len(texts), 50 * rows)))
+        packed = pack_sequences(texts, tokenizer, None, LENGTH, distiller.teacher.max_length)
+        packed = packed.select(range(min(rows, len(packed)))).to_list()
+        collate = PackedCollator(tokenizer, LENGTH)
+        return [collate(packed[i : i + 32]) for i in range(0, len(packed), 32)]
+
+    calibration = batches(args.train_data, args.calibration_rows)
+    validation = batches(args.validation_data, args.validation_rows)
+    answers = [distiller.ask({**batch, "clean_ids": batch["input_ids"]}) for batch in validation]
+    counts = torch.tensor([EncoderDistiller.count(batch) for batch in validation]).sum(dim=0).tolist()
+    losses = {}
+    for name in methods_for(folder):
+        encoder = merge(routed, name, calibration).model
+        terms = [
+            distiller(batch, encoder(**batch, output_hidden_states=True), *counts, answer)
+            for batch, answer in zip(validation, answers, strict=True)
+        ]
+        losses[name] = sum(value.item() for own in terms for value in own.values())
+    return losses
+
+
+def methods_for(folder: str) -> list[str]:
+    """Routed and every method that a model can be merged by."""
+    known = (Path(folder) / ROUTING_NAME).exists()
+    return ["routed", *(name for name in METHODS if known or name != "ema")]
+
+
 def masked_lm_losses(args: Namespace, folder: str) -> dict[str, float]:
     """Nats for each masked token, of the routed model and of every merge."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -86,9 +131,7 @@ def masked_lm_losses(args: Namespace, folder: str) -> dict[str, float]:
     validation = masked_batches(tokenizer, args.validation_data, args.validation_rows)
     routed = ModernAlbertForMaskedLM.from_pretrained(folder).eval()
     losses = {}
-    for name in ("routed", *METHODS):
-        if name == "ema" and not (Path(folder) / ROUTING_NAME).exists():
-            continue
+    for name in methods_for(folder):
         model = merge(routed, name, calibration)
         model.config.sparse_prediction = True
         losses[name] = score_model(model, validation)["loss"]
@@ -150,10 +193,10 @@ def compare_experts(folder: str) -> tuple[float, float]:
 
 
 def run_job(args: Namespace, seed: int, name: str) -> None:
-    """Writes the figures of one model on one task, or its masked-LM losses (`mlm`)."""
+    """Writes the figures of one model on one task, or its losses on text (`text`)."""
     folder = args.models[seed]
-    if name == "mlm":
-        result = masked_lm_losses(args, folder)
+    if name == "text":
+        result = (distillation_losses if args.distil else masked_lm_losses)(args, folder)
     else:
         result = task_scores(
             args,
@@ -176,12 +219,12 @@ def format_cell(own: list[float], routed: list[float], scale: float, digits: int
 def summarise(args: Namespace, tasks: list[str]) -> None:
     """Writes and prints the tables."""
     seeds = range(len(args.models))
-    names = {(seed, name): f"{seed}-{name}" for seed in seeds for name in ("mlm", *tasks)}
+    names = {(seed, name): f"{seed}-{name}" for seed in seeds for name in ("text", *tasks)}
     read = {key: json.loads((args.output_dir / f"{name}.json").read_text()) for key, name in names.items()}
     rows = []
     for name in ("routed", *METHODS):
         found = [
-            read[seed, "mlm"] for seed in seeds if name in read[seed, "mlm"]
+            read[seed, "text"] for seed in seeds if name in read[seed, "text"]
         ]  # `ema` needs a file of the training
         if not found:
             continue
@@ -189,8 +232,9 @@ def summarise(args: Namespace, tasks: list[str]) -> None:
         title = name if len(found) == len(seeds) else f"{name}, {len(found)} of {len(seeds)} models"
         cell = format_cell([own[name] for own in found], [own["routed"] for own in found], 1, 4)
         rows.append([title, cell, "" if None in shares else f"{statistics.mean(shares):.0%}"])
-    tables = [format_table(["method", "masked-LM loss", "recovered"], rows)]
-    for order, methods in (("fine-tune, then merge", METHODS), ("merge, then fine-tune", BEFORE)):
+    loss = "distillation loss" if args.distil else "masked-LM loss"
+    tables = [format_table(["method", loss, "recovered"], rows)]
+    for order, methods in (("fine-tune, then merge", METHODS), ("merge, then fine-tune", BEFORE)) if tasks else ():
 
         def scores(task, name, order=order):
             return [read[seed, task][order][name] for seed in seeds]
@@ -215,7 +259,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", required=True)
     parser.add_argument("--tasks", help="JSON file, see above")
-    parser.add_argument("--train_data", nargs="+", required=True, help="calibration text for masked-LM")
+    parser.add_argument("--distil", help="encoder or SentenceTransformer that the models were distilled from")
+    parser.add_argument("--train_data", nargs="+", required=True, help="text to calibrate on")
     parser.add_argument("--validation_data", nargs="+", required=True)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/benchmark-merging"))
     parser.add_argument("--calibration_rows", type=count, default=256)
@@ -229,13 +274,13 @@ def main(argv: list[str] | None = None) -> None:
     if args.job:
         return run_job(args, int(args.job[0]), args.job[1])
     tasks = read_tasks(args.tasks, "train_files", "validation_files", "text_columns")
-    bind_folder(args, tasks, models=args.models)
+    bind_folder(args, tasks, models=args.models + ([args.distil] if args.distil else []))
 
     def start(seed: int, name: str) -> None:
         if not (args.output_dir / f"{seed}-{name}.json").exists():
             start_script(__file__, *sys.argv[1:], "--job", str(seed), name)
 
-    run_jobs(args.processes, start, [(seed, name) for name in ("mlm", *tasks) for seed in range(len(args.models))])
+    run_jobs(args.processes, start, [(seed, name) for name in ("text", *tasks) for seed in range(len(args.models))])
     summarise(args, list(tasks))
 
 
