@@ -66,6 +66,15 @@ METHODS = {
 BEFORE = ("drop", "uniform", "svd", "cat", "regression")  # methods to fine-tune from, beside routed
 
 
+def methods_for(model: PreTrainedModel) -> list[str]:
+    """Routed, and every method that a model can be merged by."""
+    experts, known = model.config.num_experts, (Path(model.name_or_path) / ROUTING_NAME).exists()
+    fits = {
+        name: fields.get("num_experts", 0) < experts and (known or name != "ema") for name, fields in METHODS.items()
+    }
+    return ["routed", *(name for name in METHODS if fits[name])]
+
+
 def merge(model: PreTrainedModel, name: str, batches: list[dict]) -> PreTrainedModel:
     """A merged copy, `ema` with what training wrote into the model's folder; `routed` is the model itself."""
     if name == "routed":
@@ -108,7 +117,7 @@ def distillation_losses(args: Namespace, folder: str) -> dict[str, float]:
     answers = [distiller.ask({**batch, "clean_ids": batch["input_ids"]}) for batch in validation]
     counts = torch.tensor([EncoderDistiller.count(batch) for batch in validation]).sum(dim=0).tolist()
     losses = {}
-    for name in methods_for(folder):
+    for name in methods_for(routed):
         encoder = merge(routed, name, calibration).model
         terms = [
             distiller(batch, encoder(**batch, output_hidden_states=True), *counts, answer)
@@ -118,12 +127,6 @@ def distillation_losses(args: Namespace, folder: str) -> dict[str, float]:
     return losses
 
 
-def methods_for(folder: str) -> list[str]:
-    """Routed and every method that a model can be merged by."""
-    known = (Path(folder) / ROUTING_NAME).exists()
-    return ["routed", *(name for name in METHODS if known or name != "ema")]
-
-
 def masked_lm_losses(args: Namespace, folder: str) -> dict[str, float]:
     """Nats for each masked token, of the routed model and of every merge."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -131,7 +134,7 @@ def masked_lm_losses(args: Namespace, folder: str) -> dict[str, float]:
     validation = masked_batches(tokenizer, args.validation_data, args.validation_rows)
     routed = ModernAlbertForMaskedLM.from_pretrained(folder).eval()
     losses = {}
-    for name in methods_for(folder):
+    for name in methods_for(routed):
         model = merge(routed, name, calibration)
         model.config.sparse_prediction = True
         losses[name] = score_model(model, validation)["loss"]
@@ -163,7 +166,7 @@ def task_scores(args: Namespace, folder: str, task: dict, output_dir: Path, seed
 
     fine_tune(folder, task, output_dir / "routed", seed, args.epochs)
     routed = AutoModelForSequenceClassification.from_pretrained(output_dir / "routed").eval()
-    after = {name: score(merge(routed, name, calibration)) for name in ("routed", *METHODS)}
+    after = {name: score(merge(routed, name, calibration)) for name in methods_for(routed)}
     before = {"routed": after["routed"]}
     for name in BEFORE:
         merged = merge(ModernAlbertForMaskedLM.from_pretrained(folder), name, calibration)
@@ -242,6 +245,7 @@ def summarise(args: Namespace, tasks: list[str]) -> None:
         rows = [
             [name, *(format_cell(scores(task, name), scores(task, "routed"), 100, 1) for task in tasks)]
             for name in ("routed", *methods)
+            if all(name in read[seed, task][order] for seed in seeds for task in tasks)
         ]
         tables.append(format_table([order, *tasks], rows))
     cosines, norms = (statistics.mean(values) for values in zip(*map(compare_experts, args.models), strict=True))

@@ -1,11 +1,13 @@
 """What the benchmarks of the checkpoints count and run."""
 
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import ROOT, TEXTS, VOCAB, load_script
+from safetensors.torch import save_file
 from transformers import pipeline
 
 from modernalbert import ModernAlbertForMaskedLM, ModernAlbertModel
@@ -130,3 +132,43 @@ def test_a_table_of_depths_has_the_scores_of_every_seed(make_model, tokenizer, t
     }
     assert all(len(scores) == 2 for depths in found["scores"]["parity"].values() for scores in depths.values())
     assert "| 2 layers |" in capsys.readouterr().out
+
+
+# ---- Merging
+
+
+def test_merges_are_measured_by_the_distance_to_the_encoder_they_were_distilled_from(make_model, tokenizer, tmp_path):
+    script = load_script("merging", BENCHMARKS)
+    teacher_folder = make_folder(make_model, tokenizer, ModernAlbertModel, tmp_path / "teacher")
+    student = make_model(ModernAlbertForMaskedLM, vocab_size=padded_vocab_size(tokenizer)).eval()
+    student.save_pretrained(tmp_path / "student")
+    save_tokenizer(tokenizer, tmp_path / "student")
+    data = tmp_path / "texts.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    args = Namespace(distil=str(teacher_folder), train_data=[str(data)], validation_data=[str(data)])
+    args.calibration_rows = args.validation_rows = 100
+    with pytest.raises(ValueError, match="has no projection to the states of"):
+        script.distillation_losses(args, str(tmp_path / "student"))
+
+    torch.manual_seed(0)
+    projection = torch.nn.Linear(32, 32)
+    folder = tmp_path / "student" / "sentence-transformer" / "2_Dense"
+    folder.mkdir(parents=True)
+    tensors = {f"linear.{name}": tensor for name, tensor in projection.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors")
+    losses = script.distillation_losses(args, str(tmp_path / "student"))
+
+    teacher = ModernAlbertModel.from_pretrained(teacher_folder).eval()
+    of_tokens, of_texts = [], []
+    with torch.no_grad():
+        for text in TEXTS:
+            inputs = tokenizer(text, return_tensors="pt")
+            expected = teacher(**inputs).last_hidden_state[0]
+            states = student.model(**inputs).last_hidden_state[0]
+            of_tokens.append(1 - torch.cosine_similarity(projection(states), expected, dim=-1))
+            of_texts.append(1 - torch.cosine_similarity(projection(states.mean(0)), expected.mean(0), dim=-1))
+    naive = torch.cat(of_tokens).mean() + torch.stack(of_texts).mean()
+    assert losses["routed"] == pytest.approx(naive.item(), rel=1e-5)
+    # No training has said what its routing was, and of four experts four are left.
+    assert set(losses) == {"routed", *script.METHODS} - {"ema", "cluster to 4"}
+    assert all(abs(loss - losses["routed"]) > 1e-6 for name, loss in losses.items() if name != "routed")
