@@ -4,9 +4,11 @@
         --tasks tasks.json --output_dir runs/benchmark-ablation
 
 Every variant is pretrained on the same tokens, by `scripts/pretrain.py`: with the first seed at each of
-`--learning_rates`, then with all `--seeds` at its best rate, so that none is compared at the rate of another. They start
-from scratch, or with `--teacher` from the layers of a ModernBERT, by `scripts/init_from_teacher.py`; only `depth_lora`
-takes its LoRAs from there as well (as Relaxed Recursive Transformers do), experts begin as corrections of nothing.
+`--learning_rates`, then with all `--seeds` at its best rate, so that none is compared at the rate of another. All variants of a seed
+start as one function, `none` with random weights: corrections that are 0, layers that are copies, neurons without an output; so what
+they differ in is not chance in their first weights, which is more than what they are compared for. With `--teacher` they start from
+the layers of a ModernBERT, by `scripts/init_from_teacher.py`; only `depth_lora` takes its LoRAs from there as well (as Relaxed
+Recursive Transformers do).
 `unshared` has the widths of the others, and weights for every layer it runs; it says what sharing costs. Variants that
 end in `-matched` are brought to the parameters of `mol`. `--changes` adds variants that change fields of `mol`. With `--distil`, they
 learn the states of an encoder, on clean text, which has less noise than masked words: the loss is 1 - cosine of tokens plus that
@@ -28,6 +30,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from common import (
     BATCH,
     LENGTH,
@@ -46,11 +49,14 @@ from common import (
     train_tokenizer,
 )
 from scipy.stats import t
+from transformers import set_seed
 
-from modernalbert import ModernAlbertConfig, ModernAlbertModel
+from modernalbert import ModernAlbertConfig, ModernAlbertForMaskedLM, ModernAlbertModel
 from modernalbert.configuration_modernalbert import PRESETS
 from modernalbert.tokenization import load_tokenizer, padded_vocab_size
 from modernalbert.training.cli import parse_json, run_script
+from modernalbert.training.distillation import Teacher, start_from_table
+from modernalbert.training.export.folder import draft_folder
 from modernalbert.training.reports.html import draw_panels
 from modernalbert.training.reports.routing import describe_routing, draw_group, read_batches
 from modernalbert.training.runs import write_json, write_text
@@ -147,30 +153,71 @@ def initial_folder(args: Namespace, name: str, seed: int) -> Path:
     return args.output_dir / f"{name}-start-{seed}"
 
 
-def model_arguments(args: Namespace, name: str) -> tuple[str, ...]:
-    """Arguments of a script that builds a variant."""
+def variant_fields(args: Namespace, name: str) -> dict[str, Any]:
+    """Fields in which a variant differs from its preset, for the tokenizer of the study."""
     vocab_size = padded_vocab_size(load_tokenizer(args.output_dir / "tokenizer"))
     shape = parse_json("config_overrides", args.config_overrides)
-    fields = overrides(name, args.preset, vocab_size, shape, args.changes.get(name))
-    return ("--preset", args.preset, "--config_overrides", json.dumps(fields))
+    return overrides(name, args.preset, vocab_size, shape, args.changes.get(name))
+
+
+def variant_config(args: Namespace, name: str) -> ModernAlbertConfig:
+    """Configuration of a variant, with the special tokens of the tokenizer of the study."""
+    tokenizer = load_tokenizer(args.output_dir / "tokenizer")
+    ids = {"pad": tokenizer.pad_token_id, "cls": tokenizer.cls_token_id, "sep": tokenizer.sep_token_id}
+    ids |= {"bos": ids["cls"], "eos": ids["sep"]}
+    tokens = {f"{token}_token_id": number for token, number in ids.items()}
+    return ModernAlbertConfig.preset(args.preset, **{**variant_fields(args, name), **tokens})
+
+
+@torch.no_grad()
+def grow(model: ModernAlbertForMaskedLM, config: ModernAlbertConfig) -> ModernAlbertForMaskedLM:
+    """A model that computes what one without experts does, with more weights to learn.
+
+    Layers that shared weights get copies of them, neurons that are added have an output of 0, experts correct nothing.
+
+    Args:
+        model: Without experts.
+        config: Of the new one, with as many layers, and feed-forward layers at least as wide.
+    """
+    grown = ModernAlbertForMaskedLM._from_config(config)
+    given = model.state_dict()
+    for name, tensor in grown.state_dict().items():
+        if name.startswith("model.layers."):
+            group, rest = name.removeprefix("model.layers.").split(".", 1)
+            source = int(group) * config.layers_per_group // model.config.layers_per_group
+            name = f"model.layers.{source}.{rest}"
+        if name.endswith("mlp.Wi.weight"):  # [2I, hidden]: gates, then values
+            for new, old in zip(tensor.chunk(2), given[name].chunk(2), strict=True):
+                new[: len(old)] = old
+        elif name.endswith("mlp.Wo.weight"):  # [hidden, I]
+            tensor.zero_()[:, : given[name].shape[1]] = given[name]
+        elif name in given:  # not experts and routers
+            tensor.copy_(given[name])
+    return grown
 
 
 def initialise(args: Namespace, name: str, seed: int) -> None:
-    """Writes a variant with weights of the teacher, unless it is there."""
+    """Writes a variant as it starts, unless it is there."""
     folder = initial_folder(args, name, seed)
-    if not folder.exists():
-        experts = "svd" if name.startswith("depth_lora") else "zero"
-        source = ("--teacher", args.teacher, "--experts", experts, "--seed", str(seed))
-        start_script("init_from_teacher", *source, *model_arguments(args, name), "--output_dir", str(folder))
+    if folder.exists():
+        return
+    if args.teacher:
+        source = ("--teacher", args.teacher, "--experts", "svd" if name.startswith("depth_lora") else "zero")
+        model = ("--preset", args.preset, "--config_overrides", json.dumps(variant_fields(args, name)))
+        start_script("init_from_teacher", *source, *model, "--seed", str(seed), "--output_dir", str(folder))
+        return
+    set_seed(seed)
+    model = ModernAlbertForMaskedLM._from_config(variant_config(args, "none"))
+    if args.distil:
+        start_from_table(Teacher(args.distil).encoder.get_input_embeddings().weight, model)
+    with draft_folder(folder) as draft:
+        grow(model, variant_config(args, name)).save_pretrained(draft)
 
 
 def train(args: Namespace, name: str, rate: float, seed: int) -> None:
     """One run of pretraining, unless it has ended before."""
     begin, folder = time.perf_counter(), run_folder(args, name, rate, seed)
-    if args.teacher:
-        model = ("--model_name_or_path", str(initial_folder(args, name, seed)))
-    else:
-        model = model_arguments(args, name)
+    model = ("--model_name_or_path", str(initial_folder(args, name, seed)))
     if args.distil:
         model += ("--teacher", args.distil, "--masked_share", "0", "--bf16", "true")
         model += ("--teacher_cache", str(args.teacher_cache or args.output_dir / "teacher.sqlite"))
@@ -421,8 +468,9 @@ def main(argv: list[str] | None = None) -> None:
         load_tokenizer(models[0]).save_pretrained(args.output_dir / "tokenizer")
     else:
         train_tokenizer(args)
-    if args.teacher:
-        run_all(initialise, [(name, seed) for name in args.variants for seed in args.seeds])
+    for name in args.variants:  # one after the other: they draw from one generator
+        for seed in args.seeds:
+            initialise(args, name, seed)
     run_all(train, [(name, rate, args.seeds[0]) for name in args.variants for rate in args.learning_rates])
     rates = {name: next(iter(sweep(args, name))) for name in args.variants}
     run_all(train, [(name, rates[name], seed) for seed in args.seeds[1:] for name in args.variants])
