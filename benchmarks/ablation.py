@@ -161,12 +161,13 @@ def variant_fields(args: Namespace, name: str) -> dict[str, Any]:
 
 
 def variant_config(args: Namespace, name: str) -> ModernAlbertConfig:
-    """Configuration of a variant, with the special tokens of the tokenizer of the study."""
+    """Configuration of a variant, with the vocabulary of the tokenizer of the study."""
     tokenizer = load_tokenizer(args.output_dir / "tokenizer")
     ids = {"pad": tokenizer.pad_token_id, "cls": tokenizer.cls_token_id, "sep": tokenizer.sep_token_id}
     ids |= {"bos": ids["cls"], "eos": ids["sep"]}
-    tokens = {f"{token}_token_id": number for token, number in ids.items()}
-    return ModernAlbertConfig.preset(args.preset, **{**variant_fields(args, name), **tokens})
+    known = {f"{token}_token_id": number for token, number in ids.items()}
+    known["vocab_size"] = padded_vocab_size(tokenizer)
+    return ModernAlbertConfig.preset(args.preset, **{**variant_fields(args, name), **known})
 
 
 @torch.no_grad()
