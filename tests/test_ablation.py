@@ -7,10 +7,11 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import BENCHMARKS, load_script
 
 import modernalbert
-from modernalbert import ModernAlbertConfig
+from modernalbert import ModernAlbertConfig, ModernAlbertForMaskedLM, ModernAlbertModel
 from modernalbert.tokenization import save_tokenizer, train_tokenizer
 
 
@@ -246,26 +247,54 @@ def test_each_number_of_groups_is_a_study(sharing, tmp_path, monkeypatch):
             sharing.main([*wrong, "--config_overrides", shape, "--output_dir", str(tmp_path / "no")])
 
 
-def test_variants_of_another_shape_are_distilled_from_scratch(ablation, tmp_path, monkeypatch):
-    """With the same widths but for what they are about, and at the parameters of `mol` where they are matched."""
+@pytest.fixture
+def teacher_folder(make_model, tmp_path):
+    """An encoder with the tokenizer of the study, to distil from."""
+    tokenizer = train_tokenizer(["A text."], vocab_size=300, model_max_length=64)
+    save_tokenizer(tokenizer, tmp_path / "tokenizer")
+    make_model(ModernAlbertModel, vocab_size=320, hidden_size=24).save_pretrained(tmp_path / "encoder")
+    return tmp_path / "encoder"
+
+
+def test_the_variants_of_a_seed_start_as_one_function(ablation, teacher_folder, tmp_path, monkeypatch):
+    """With weights that can learn to differ, and at the parameters of `mol` where they are matched."""
     words = []
     monkeypatch.setattr(ablation, "pretrain", lambda *given, batch_size: words.append(given[5:]))
     monkeypatch.setattr(ablation, "read_losses", lambda folder: {})
-    save_tokenizer(train_tokenizer(["A text."], vocab_size=300, model_max_length=64), tmp_path / "tokenizer")
-    shape = {"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 12, "mol_intermediate_size": 96}
-    args = Namespace(output_dir=tmp_path, preset="nano", teacher=None, distil="runs/encoder", steps=10, batch_size=8)
-    args.config_overrides, args.changes, args.teacher_cache = json.dumps(shape), {}, None
-    configs = {}
-    for name in ("mol", "none-matched", "moa-matched", "unshared"):
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "embedding_size": 32, "intermediate_size": 96}
+    depth = {"num_hidden_layers": 6, "num_hidden_groups": 2, "mol_groups": [1], "mol_intermediate_size": 128}
+    args = Namespace(
+        output_dir=tmp_path, preset="nano", teacher=None, distil=str(teacher_folder), steps=10, batch_size=8
+    )
+    args.config_overrides, args.teacher_cache = json.dumps({**sizes, **depth}), None
+    args.changes = {"four": {"num_experts_per_tok": 4}}
+    input_ids = torch.arange(4, 44).view(2, 20)
+    expected, parameters = {}, {}
+    for name in (*ablation.VARIANTS, "four"):
+        for seed in (7, 8):
+            ablation.initialise(args, name, seed)
+            model = ModernAlbertForMaskedLM.from_pretrained(tmp_path / f"{name}-start-{seed}").eval()
+            logits = model(input_ids).logits
+            torch.testing.assert_close(logits, expected.setdefault(seed, logits.detach()), rtol=1e-5, atol=1e-5)
+        (logits * torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))).sum().backward()
+        learning = {key for key, weight in model.named_parameters() if weight.grad is not None and weight.grad.any()}
+        assert {f"model.layers.{group}.mlp.Wo.weight" for group in range(model.config.num_hidden_groups)} <= learning
+        if model.config.modulation != "none":
+            assert any(key.endswith(("out_B", "up")) for key in learning)
+        parameters[name] = model.config.num_parameters()
+        if name == "unshared":
+            assert model.config.num_hidden_groups == 6
+        if name == "four":
+            assert model.config.num_experts_per_tok == 4
+
         ablation.train(args, name, 1e-3, 7)
         given = dict(zip(words[-1][::2], words[-1][1::2], strict=True))
-        assert given["--teacher"] == "runs/encoder" and given["--masked_share"] == "0"
-        configs[name] = ModernAlbertConfig.preset("nano", **json.loads(given["--config_overrides"]))
-    assert {(c.hidden_size, c.num_hidden_layers) for c in configs.values()} == {(64, 12)}
-    assert configs["mol"].mol_intermediate_size == 96 and configs["unshared"].num_hidden_groups == 12
-    size = configs["mol"].num_parameters()
-    for name in ("none-matched", "moa-matched"):
-        assert abs(configs[name].num_parameters() - size) <= 0.02 * size
+        assert given["--model_name_or_path"] == str(tmp_path / f"{name}-start-7")
+        assert given["--teacher"] == str(teacher_folder) and given["--masked_share"] == "0"
+    assert not torch.allclose(expected[7], expected[8], atol=0.01)
+    for name in ("none-matched", "depth_lora-matched", "moa-matched"):
+        assert abs(parameters[name] - parameters["mol"]) <= 0.02 * parameters["mol"]
+    ablation.initialise(args, "mol", 7)  # what is there is not made again, which would be refused
 
 
 def test_a_failed_job_ends_the_study(ablation):
