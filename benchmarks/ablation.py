@@ -5,10 +5,10 @@
 
 Every variant is pretrained on the same tokens, by `scripts/pretrain.py`: with the first seed at each of
 `--learning_rates`, then with all `--seeds` at its best rate, so that none is compared at the rate of another. All variants of a seed
-start as one function, `none` with random weights: corrections that are 0, layers that are copies, neurons without an output; so what
-they differ in is not chance in their first weights, which is more than what they are compared for. With `--teacher` they start from
-the layers of a ModernBERT, by `scripts/init_from_teacher.py`; only `depth_lora` takes its LoRAs from there as well (as Relaxed
-Recursive Transformers do).
+start as one function, that of `none`: corrections that are 0, layers that are copies, neurons without an output. Else chance in the
+first weights would be more than what they are compared for. Its weights are random, or with `--start` those of trained models, one
+for each seed. With `--teacher` the variants start from the layers of a ModernBERT, by `scripts/init_from_teacher.py`; only `depth_lora`
+takes its LoRAs from there as well (as Relaxed Recursive Transformers do).
 `unshared` has the widths of the others, and weights for every layer it runs; it says what sharing costs. Variants that
 end in `-matched` are brought to the parameters of `mol`. `--changes` adds variants that change fields of `mol`. With `--distil`, they
 learn the states of an encoder, on clean text, which has less noise than masked words: the loss is 1 - cosine of tokens plus that
@@ -48,6 +48,7 @@ from common import (
     start_script,
     train_tokenizer,
 )
+from safetensors.torch import save_file
 from scipy.stats import t
 from transformers import set_seed
 
@@ -56,10 +57,11 @@ from modernalbert.configuration_modernalbert import PRESETS
 from modernalbert.tokenization import load_tokenizer, padded_vocab_size
 from modernalbert.training.cli import parse_json, run_script
 from modernalbert.training.distillation import Teacher, start_from_table
+from modernalbert.training.export.embedder import EMBEDDER_NAME, read_projection
 from modernalbert.training.export.folder import draft_folder
 from modernalbert.training.reports.html import draw_panels
 from modernalbert.training.reports.routing import describe_routing, draw_group, read_batches
-from modernalbert.training.runs import write_json, write_text
+from modernalbert.training.runs import describe_model, write_json, write_text
 
 
 # Fields that differ from the preset's, which is `mol`. `overrides` adds what `unshared` and `-matched` need.
@@ -145,6 +147,13 @@ def overrides(
     return fields
 
 
+# Fields that a trained model to start from must have in common with `none`.
+SHAPE = (
+    *("vocab_size", "embedding_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers"),
+    *("num_hidden_groups", "mol_groups", "mol_intermediate_size", "modulation"),
+)
+
+
 def run_folder(args: Namespace, name: str, rate: float, seed: int) -> Path:
     return args.output_dir / f"{name}-{args.steps}-{rate:g}-{seed}"
 
@@ -208,11 +217,27 @@ def initialise(args: Namespace, name: str, seed: int) -> None:
         start_script("init_from_teacher", *source, *model, "--seed", str(seed), "--output_dir", str(folder))
         return
     set_seed(seed)
-    model = ModernAlbertForMaskedLM._from_config(variant_config(args, "none"))
-    if args.distil:
-        start_from_table(Teacher(args.distil).encoder.get_input_embeddings().weight, model)
+    config, projection = variant_config(args, "none"), None
+    if args.start:
+        trained = args.start[args.seeds.index(seed)]
+        model, projection = (
+            ModernAlbertForMaskedLM.from_pretrained(trained, dtype=torch.float32),
+            read_projection(trained),
+        )
+        if differing := [name for name in SHAPE if getattr(model.config, name) != getattr(config, name)]:
+            raise ValueError(
+                f"'{trained}' differs from `none` in {', '.join(differing)}; give its fields as --config_overrides"
+            )
+    else:
+        model = ModernAlbertForMaskedLM._from_config(config)
+        if args.distil:
+            start_from_table(Teacher(args.distil).encoder.get_input_embeddings().weight, model)
     with draft_folder(folder) as draft:
         grow(model, variant_config(args, name)).save_pretrained(draft)
+        if projection is not None:  # to the states of the encoder that it was distilled from
+            (draft / EMBEDDER_NAME / "2_Dense").mkdir(parents=True)
+            tensors = {f"linear.{name}": tensor for name, tensor in projection.state_dict().items()}
+            save_file(tensors, draft / EMBEDDER_NAME / "2_Dense" / "model.safetensors")
 
 
 def train(args: Namespace, name: str, rate: float, seed: int) -> None:
@@ -424,6 +449,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--train_data", nargs="+", required=True)
     parser.add_argument("--validation_data", nargs="+", required=True)
     parser.add_argument("--teacher", help="ModernBERT to start from; from scratch without one")
+    parser.add_argument("--start", nargs="+", help="trained models of `none` to go on from, one for each seed")
     parser.add_argument("--distil", help="encoder or SentenceTransformer to distil from, in place of masked words")
     parser.add_argument(
         "--config_overrides", default="{}", help="fields of all variants that differ from the preset's"
@@ -446,8 +472,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--validation_examples", type=count, default=2000, help="of each task")
     parser.add_argument("--processes", type=count, default=2, help="runs at a time, one thread each")
     args = parser.parse_args(argv)
-    if args.teacher and args.distil:
-        parser.error("--distil is from scratch: leave --teacher out")
+    if args.teacher and (args.distil or args.start):
+        parser.error("--teacher is a start of its own: leave --distil and --start out")
+    if args.start and len(args.start) != len(args.seeds):
+        parser.error(f"--start takes a model for each of the {len(args.seeds)} seeds, got {len(args.start)}")
     args.changes = parse_json("changes", args.changes)
     for name, fields in args.changes.items():
         if not re.fullmatch(r"[\w.-]+", name) or name in VARIANTS or not isinstance(fields, dict):
@@ -457,9 +485,11 @@ def main(argv: list[str] | None = None) -> None:
     args.variants += args.changes
     tasks = read_tasks(args.tasks, "train_files", "validation_files")
     # The folders of the runs tell these apart.
-    chosen = ("variants", "steps", "learning_rates", "seeds", "teacher_cache", "changes")
+    chosen = ("variants", "steps", "learning_rates", "seeds", "start", "teacher_cache", "changes")
     fields = {f"change {name}": fields for name, fields in args.changes.items()}
-    models = [model for model in (args.teacher, args.distil) if model]
+    starts = dict(zip(args.seeds, args.start, strict=True)) if args.start else {}
+    fields |= {f"start of seed {seed}": describe_model(name) for seed, name in starts.items()}
+    models = [model for model in (args.teacher, args.distil, *starts.values()) if model][:1]
     bind_folder(args, tasks, ignore=chosen, models=models, more=fields)
 
     def run_all(function: Callable, jobs: list[tuple]) -> None:

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import BENCHMARKS, load_script
+from safetensors.torch import save_file
 
 import modernalbert
 from modernalbert import ModernAlbertConfig, ModernAlbertForMaskedLM, ModernAlbertModel
 from modernalbert.tokenization import save_tokenizer, train_tokenizer
+from modernalbert.training.export.embedder import read_projection
 
 
 SEEDS, RATES = [0, 1, 2], [0.001, 0.002, 0.004]
@@ -266,7 +268,7 @@ def test_the_variants_of_a_seed_start_as_one_function(ablation, teacher_folder, 
     args = Namespace(
         output_dir=tmp_path, preset="nano", teacher=None, distil=str(teacher_folder), steps=10, batch_size=8
     )
-    args.config_overrides, args.teacher_cache = json.dumps({**sizes, **depth}), None
+    args.config_overrides, args.teacher_cache, args.start = json.dumps({**sizes, **depth}), None, None
     args.changes = {"four": {"num_experts_per_tok": 4}}
     input_ids = torch.arange(4, 44).view(2, 20)
     expected, parameters = {}, {}
@@ -295,6 +297,43 @@ def test_the_variants_of_a_seed_start_as_one_function(ablation, teacher_folder, 
     for name in ("none-matched", "depth_lora-matched", "moa-matched"):
         assert abs(parameters[name] - parameters["mol"]) <= 0.02 * parameters["mol"]
     ablation.initialise(args, "mol", 7)  # what is there is not made again, which would be refused
+
+
+def test_variants_go_on_from_trained_models(ablation, teacher_folder, tmp_path):
+    """One for each seed, with what it has learned of its teacher's states."""
+    args = Namespace(output_dir=tmp_path, preset="nano", teacher=None, distil=None, changes={}, seeds=[3, 5])
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "embedding_size": 32, "intermediate_size": 96}
+    depth = {"num_hidden_layers": 4, "num_hidden_groups": 2, "mol_groups": [1], "mol_intermediate_size": 96}
+    args.config_overrides = json.dumps({**sizes, **depth})
+    args.start = [str(tmp_path / "first"), str(tmp_path / "second")]
+    torch.manual_seed(0)
+    projections = {}
+    for folder in args.start:
+        ModernAlbertForMaskedLM(ablation.variant_config(args, "none")).save_pretrained(folder)
+        projections[folder] = torch.nn.Linear(64, 16)
+        tensors = {f"linear.{name}": tensor for name, tensor in projections[folder].state_dict().items()}
+        (Path(folder) / "2_Dense").mkdir()
+        save_file(tensors, Path(folder) / "2_Dense" / "model.safetensors")
+    input_ids = torch.arange(4, 44).view(2, 20)
+    for seed, folder in zip(args.seeds, args.start, strict=True):
+        expected = ModernAlbertForMaskedLM.from_pretrained(folder).eval()(input_ids).logits
+        for name in ("unshared", "mol", "none-matched"):
+            ablation.initialise(args, name, seed)
+            start = tmp_path / f"{name}-start-{seed}"
+            logits = ModernAlbertForMaskedLM.from_pretrained(start).eval()(input_ids).logits
+            torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(read_projection(start).weight, projections[folder].weight)
+
+    args.config_overrides = json.dumps({**sizes, **depth, "num_hidden_layers": 8, "intermediate_size": 128})
+    with pytest.raises(ValueError, match="first' differs from `none` in intermediate_size, num_hidden_layers; give"):
+        ablation.initialise(args, "moa", 3)
+
+
+def test_a_start_for_each_seed_is_asked_for(ablation, tmp_path, capsys):
+    command = ["--train_data", "a", "--validation_data", "b", "--output_dir", str(tmp_path), "--seeds", "0", "1"]
+    with pytest.raises(SystemExit, match="2"):
+        ablation.main([*command, "--start", "model"])
+    assert "--start takes a model for each of the 2 seeds, got 1" in capsys.readouterr().err
 
 
 def test_a_failed_job_ends_the_study(ablation):

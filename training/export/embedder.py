@@ -17,8 +17,9 @@ EMBEDDER_NAME = "sentence-transformer"
 
 
 def read_projection(folder: str | Path) -> nn.Linear | None:
-    """The projection that [`write_embedder`] wrote beside a model; None if there is none."""
-    paths = sorted((Path(folder) / EMBEDDER_NAME).glob("*_Dense/model.safetensors"))
+    """The projection that [`write_embedder`] wrote beside a model, or that of a SentenceTransformer; None without one."""
+    paths = sorted(Path(folder).glob("*_Dense/model.safetensors"))
+    paths += sorted((Path(folder) / EMBEDDER_NAME).glob("*_Dense/model.safetensors"))
     if not paths:
         return None
     tensors = load_file(paths[-1])
