@@ -100,13 +100,12 @@ def main(argv: list[str] | None = None) -> None:
     for groups in sorted(args.num_hidden_groups, reverse=True):
         shape = {**fields, "num_hidden_layers": layers, "num_hidden_groups": groups, "mol_groups": list(range(groups))}
         folder = args.output_dir / f"groups-{groups}"
-        # Nothing that is shared differs in the model that shares nothing, so that it is trained once.
-        variants = ["none", "mol"] if losses else ["none", "mol", "unshared"]
-        study = ["--variants", *variants, "--config_overrides", json.dumps(shape), "--output_dir", str(folder)]
-        ablation.main([*study, "--teacher_cache", str(args.output_dir / "teacher.sqlite"), *others])
+        # The model that shares nothing as well, again for each number: it starts as the others of its study do.
+        study = ["--variants", "none", "mol", "unshared", "--config_overrides", json.dumps(shape)]
+        study += ["--output_dir", str(folder), "--teacher_cache", str(args.output_dir / "teacher.sqlite")]
+        ablation.main([*study, *others])
         losses[layers // groups] = read_losses(folder)
-    unshared = next(iter(losses.values()))["unshared"]
-    results = {runs: summarise(unshared, own["none"], own["mol"]) for runs, own in losses.items()}
+    results = {runs: summarise(own["unshared"], own["none"], own["mol"]) for runs, own in losses.items()}
     write_json(args.output_dir / "sharing.json", results)
     write_text(args.output_dir / "sharing.md", tabulate(results))
     write_text(args.output_dir / "sharing.svg", draw_panels(draw(results)))
