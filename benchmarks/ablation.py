@@ -48,16 +48,15 @@ from common import (
     start_script,
     train_tokenizer,
 )
-from safetensors.torch import save_file
 from scipy.stats import t
 from transformers import set_seed
 
 from modernalbert import ModernAlbertConfig, ModernAlbertForMaskedLM, ModernAlbertModel
 from modernalbert.configuration_modernalbert import PRESETS
-from modernalbert.tokenization import load_tokenizer, padded_vocab_size
+from modernalbert.tokenization import load_tokenizer, padded_vocab_size, vocabulary_fields
 from modernalbert.training.cli import parse_json, run_script
 from modernalbert.training.distillation import Teacher, start_from_table
-from modernalbert.training.export.embedder import EMBEDDER_NAME, read_projection
+from modernalbert.training.export.embedder import read_projection, write_projection
 from modernalbert.training.export.folder import draft_folder
 from modernalbert.training.reports.html import draw_panels
 from modernalbert.training.reports.routing import describe_routing, draw_group, read_batches
@@ -171,11 +170,7 @@ def variant_fields(args: Namespace, name: str) -> dict[str, Any]:
 
 def variant_config(args: Namespace, name: str) -> ModernAlbertConfig:
     """Configuration of a variant, with the vocabulary of the tokenizer of the study."""
-    tokenizer = load_tokenizer(args.output_dir / "tokenizer")
-    ids = {"pad": tokenizer.pad_token_id, "cls": tokenizer.cls_token_id, "sep": tokenizer.sep_token_id}
-    ids |= {"bos": ids["cls"], "eos": ids["sep"]}
-    known = {f"{token}_token_id": number for token, number in ids.items()}
-    known["vocab_size"] = padded_vocab_size(tokenizer)
+    known = vocabulary_fields(load_tokenizer(args.output_dir / "tokenizer"))
     return ModernAlbertConfig.preset(args.preset, **{**variant_fields(args, name), **known})
 
 
@@ -220,10 +215,8 @@ def initialise(args: Namespace, name: str, seed: int) -> None:
     config, projection = variant_config(args, "none"), None
     if args.start:
         trained = args.start[args.seeds.index(seed)]
-        model, projection = (
-            ModernAlbertForMaskedLM.from_pretrained(trained, dtype=torch.float32),
-            read_projection(trained),
-        )
+        model = ModernAlbertForMaskedLM.from_pretrained(trained, dtype=torch.float32)
+        projection = read_projection(trained)
         if differing := [name for name in SHAPE if getattr(model.config, name) != getattr(config, name)]:
             raise ValueError(
                 f"'{trained}' differs from `none` in {', '.join(differing)}; give its fields as --config_overrides"
@@ -235,9 +228,7 @@ def initialise(args: Namespace, name: str, seed: int) -> None:
     with draft_folder(folder) as draft:
         grow(model, variant_config(args, name)).save_pretrained(draft)
         if projection is not None:  # to the states of the encoder that it was distilled from
-            (draft / EMBEDDER_NAME / "2_Dense").mkdir(parents=True)
-            tensors = {f"linear.{name}": tensor for name, tensor in projection.state_dict().items()}
-            save_file(tensors, draft / EMBEDDER_NAME / "2_Dense" / "model.safetensors")
+            write_projection(draft, projection)
 
 
 def train(args: Namespace, name: str, rate: float, seed: int) -> None:
@@ -482,21 +473,21 @@ def main(argv: list[str] | None = None) -> None:
             parser.error(
                 f"--changes maps new names of letters, digits, '.', '_' and '-' to fields of `mol`, got {name!r}: {fields}"
             )
-    args.variants += args.changes
+    args.variants = [*args.variants, *args.changes]
     tasks = read_tasks(args.tasks, "train_files", "validation_files")
     # The folders of the runs tell these apart.
     chosen = ("variants", "steps", "learning_rates", "seeds", "start", "teacher_cache", "changes")
-    fields = {f"change {name}": fields for name, fields in args.changes.items()}
-    starts = dict(zip(args.seeds, args.start, strict=True)) if args.start else {}
-    fields |= {f"start of seed {seed}": describe_model(name) for seed, name in starts.items()}
-    models = [model for model in (args.teacher, args.distil, *starts.values()) if model][:1]
-    bind_folder(args, tasks, ignore=chosen, models=models, more=fields)
+    more = {f"change {name}": fields for name, fields in args.changes.items()}
+    starts = args.start or []
+    more |= {f"start of seed {args.seeds[i]}": describe_model(name) for i, name in enumerate(starts)}
+    models = [model for model in (args.teacher, args.distil) if model]
+    bind_folder(args, tasks, ignore=chosen, models=models, more=more)
 
     def run_all(function: Callable, jobs: list[tuple]) -> None:
         run_jobs(args.processes, function, [(args, *job) for job in jobs])
 
-    if models:
-        load_tokenizer(models[0]).save_pretrained(args.output_dir / "tokenizer")
+    if known := models or starts:
+        load_tokenizer(known[0]).save_pretrained(args.output_dir / "tokenizer")
     else:
         train_tokenizer(args)
     for name in args.variants:  # one after the other: they draw from one generator

@@ -19,6 +19,8 @@ import shutil
 import statistics
 import sys
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,7 +41,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from modernalbert import ModernAlbertForMaskedLM
 from modernalbert.mixture_modernalbert import ModernAlbertExperts
-from modernalbert.training.alignment import pack_sequences
+from modernalbert.training.alignment import pack_sequences, same_tokenizer
 from modernalbert.training.callbacks import ROUTING_NAME, read_routing_weights
 from modernalbert.training.cli import run_script
 from modernalbert.training.data import load_texts, read_rows
@@ -83,11 +85,15 @@ def merge(model: PreTrainedModel, name: str, batches: list[dict]) -> PreTrainedM
     return copy.deepcopy(model).merge_experts(batches=batches, weights=weights, **METHODS[name])
 
 
-def masked_batches(tokenizer, sources: list[str], rows: int) -> list[dict]:
-    """Batches of packed rows, with fixed masks and labels."""
+def text_batches(
+    tokenizer, sources: list[str], rows: int, pack: Callable, masker: TokenMasker | None = None
+) -> list[dict]:
+    """Batches of packed rows; with a masker, with fixed masks and labels."""
     texts = load_texts(sources)
-    packed = pack_texts(texts.select(range(min(len(texts), 50 * rows))), tokenizer, LENGTH)
-    packed = mask_rows(packed.select(range(min(rows, len(packed)))), TokenMasker(tokenizer, MASKED))
+    packed = pack(texts.select(range(min(len(texts), 50 * rows))), tokenizer, max_length=LENGTH)
+    packed = packed.select(range(min(rows, len(packed))))
+    if masker is not None:
+        packed = mask_rows(packed, masker)
     collate = PackedCollator(tokenizer, LENGTH)
     return [collate(packed.select(range(i, min(i + 32, len(packed)))).to_list()) for i in range(0, len(packed), 32)]
 
@@ -96,6 +102,8 @@ def masked_batches(tokenizer, sources: list[str], rows: int) -> list[dict]:
 def distillation_losses(args: Namespace, folder: str) -> dict[str, float]:
     """The loss that `scripts/pretrain.py` measures on clean text, of the routed model and of every merge."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    if not same_tokenizer(tokenizer, AutoTokenizer.from_pretrained(args.distil)):
+        raise ValueError(f"'{folder}' and '{args.distil}' have different tokenizers: their tokens cannot be compared")
     routed = ModernAlbertForMaskedLM.from_pretrained(folder).eval()
     distiller = EncoderDistiller(Teacher(args.distil), routed)
     learned = read_projection(folder)
@@ -104,16 +112,9 @@ def distillation_losses(args: Namespace, folder: str) -> dict[str, float]:
     distiller.projection.load_state_dict(learned.state_dict())
     distiller.remove_heads(routed)
 
-    def batches(sources: list[str], rows: int) -> list[dict]:
-        texts = load_texts(sources)
-        texts = texts.select(range(min(len(texts), 50 * rows)))
-        packed = pack_sequences(texts, tokenizer, None, LENGTH, distiller.teacher.max_length)
-        packed = packed.select(range(min(rows, len(packed)))).to_list()
-        collate = PackedCollator(tokenizer, LENGTH)
-        return [collate(packed[i : i + 32]) for i in range(0, len(packed), 32)]
-
-    calibration = batches(args.train_data, args.calibration_rows)
-    validation = batches(args.validation_data, args.validation_rows)
+    pack = partial(pack_sequences, teacher_tokenizer=None, teacher_length=distiller.teacher.max_length)
+    calibration = text_batches(tokenizer, args.train_data, args.calibration_rows, pack)
+    validation = text_batches(tokenizer, args.validation_data, args.validation_rows, pack)
     answers = [distiller.ask({**batch, "clean_ids": batch["input_ids"]}) for batch in validation]
     counts = torch.tensor([EncoderDistiller.count(batch) for batch in validation]).sum(dim=0).tolist()
     losses = {}
@@ -130,8 +131,9 @@ def distillation_losses(args: Namespace, folder: str) -> dict[str, float]:
 def masked_lm_losses(args: Namespace, folder: str) -> dict[str, float]:
     """Nats for each masked token, of the routed model and of every merge."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    calibration = masked_batches(tokenizer, args.train_data, args.calibration_rows)
-    validation = masked_batches(tokenizer, args.validation_data, args.validation_rows)
+    masker = TokenMasker(tokenizer, MASKED)
+    calibration = text_batches(tokenizer, args.train_data, args.calibration_rows, pack_texts, masker)
+    validation = text_batches(tokenizer, args.validation_data, args.validation_rows, pack_texts, masker)
     routed = ModernAlbertForMaskedLM.from_pretrained(folder).eval()
     losses = {}
     for name in methods_for(routed):

@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--config_overrides", default='{"num_hidden_layers": 12}', help="fields of all models")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/benchmark-sharing"))
     args, others = parser.parse_known_args(argv)
-    if taken := {"--variants", "--changes", "--teacher", "--teacher_cache", "--tasks"} & set(others):
+    if taken := {"--variants", "--changes", "--start", "--teacher", "--teacher_cache", "--tasks"} & set(others):
         parser.error(f"{', '.join(sorted(taken))} of ablation.py cannot be given here")
     fields = parse_json("config_overrides", args.config_overrides)
     layers = fields.get("num_hidden_layers", 12)

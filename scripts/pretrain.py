@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from modernalbert import ModernAlbertConfig, ModernAlbertForMaskedLM
-from modernalbert.tokenization import load_tokenizer, padded_vocab_size, save_tokenizer
+from modernalbert.tokenization import load_tokenizer, save_tokenizer, vocabulary_fields
 from modernalbert.training.alignment import AlignedCollator, pack_sequences, same_tokenizer
 from modernalbert.training.callbacks import ReportWriter
 from modernalbert.training.cli import (
@@ -213,10 +213,7 @@ def build_model(args: PretrainingArguments, tokenizer: PreTrainedTokenizerBase) 
     overrides = parse_json("config_overrides", args.config_overrides)
     check_names(overrides, known, "field in `config_overrides`,")
     if args.model_name_or_path is None:
-        tokens = {"pad": tokenizer.pad_token_id, "cls": tokenizer.cls_token_id, "sep": tokenizer.sep_token_id}
-        tokens |= {"bos": tokens["cls"], "eos": tokens["sep"]}
-        ids = {f"{name}_token_id": token for name, token in tokens.items()}
-        overrides = {"vocab_size": padded_vocab_size(tokenizer), **ids, **overrides}
+        overrides = {**vocabulary_fields(tokenizer), **overrides}
     if args.preset is not None:
         config = ModernAlbertConfig.preset(args.preset, **overrides)
     else:

@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import BENCHMARKS, load_script
-from safetensors.torch import save_file
 
 import modernalbert
 from modernalbert import ModernAlbertConfig, ModernAlbertForMaskedLM, ModernAlbertModel
 from modernalbert.tokenization import save_tokenizer, train_tokenizer
-from modernalbert.training.export.embedder import read_projection
+from modernalbert.training.export.embedder import read_projection, write_projection
 
 
 SEEDS, RATES = [0, 1, 2], [0.001, 0.002, 0.004]
@@ -244,7 +243,12 @@ def test_each_number_of_groups_is_a_study(sharing, tmp_path, monkeypatch):
     assert results["4"]["cost"]["mean"] == pytest.approx(0.2) and results["2"]["share"] == pytest.approx(0.5)
     assert "runs of a group" in (tmp_path / "sharing.svg").read_text()
 
-    for wrong in (["--num_hidden_groups", "3"], ["--num_hidden_groups", "4"], ["--variants", "mol"]):
+    for wrong in (
+        ["--num_hidden_groups", "3"],
+        ["--num_hidden_groups", "4"],
+        ["--variants", "mol"],
+        ["--start", "model"],
+    ):
         with pytest.raises(SystemExit, match="2"):
             sharing.main([*wrong, "--config_overrides", shape, "--output_dir", str(tmp_path / "no")])
 
@@ -311,9 +315,9 @@ def test_variants_go_on_from_trained_models(ablation, teacher_folder, tmp_path):
     for folder in args.start:
         ModernAlbertForMaskedLM(ablation.variant_config(args, "none")).save_pretrained(folder)
         projections[folder] = torch.nn.Linear(64, 16)
-        tensors = {f"linear.{name}": tensor for name, tensor in projections[folder].state_dict().items()}
-        (Path(folder) / "2_Dense").mkdir()
-        save_file(tensors, Path(folder) / "2_Dense" / "model.safetensors")
+        write_projection(folder, projections[folder])
+    second = Path(args.start[1])  # as a SentenceTransformer keeps it
+    (second / "sentence-transformer" / "2_Dense").rename(second / "2_Dense")
     input_ids = torch.arange(4, 44).view(2, 20)
     for seed, folder in zip(args.seeds, args.start, strict=True):
         expected = ModernAlbertForMaskedLM.from_pretrained(folder).eval()(input_ids).logits

@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import ROOT, TEXTS, VOCAB, load_script
-from safetensors.torch import save_file
 from transformers import pipeline
 
 from modernalbert import ModernAlbertForMaskedLM, ModernAlbertModel
 from modernalbert.tokenization import padded_vocab_size, save_tokenizer, train_tokenizer
-from modernalbert.training.export.embedder import write_embedder
+from modernalbert.training.export.embedder import write_embedder, write_projection
 
 
 BENCHMARKS = ROOT / "benchmarks"
@@ -152,10 +151,7 @@ def test_merges_are_measured_by_the_distance_to_the_encoder_they_were_distilled_
 
     torch.manual_seed(0)
     projection = torch.nn.Linear(32, 32)
-    folder = tmp_path / "student" / "sentence-transformer" / "2_Dense"
-    folder.mkdir(parents=True)
-    tensors = {f"linear.{name}": tensor for name, tensor in projection.state_dict().items()}
-    save_file(tensors, folder / "model.safetensors")
+    write_projection(tmp_path / "student", projection)
     losses = script.distillation_losses(args, str(tmp_path / "student"))
 
     teacher = ModernAlbertModel.from_pretrained(teacher_folder).eval()

@@ -37,6 +37,13 @@ def _only_str(texts: Iterable[str]) -> Iterator[str]:
         yield text
 
 
+def vocabulary_fields(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Fields of the configuration of a new model that is to read this tokenizer: `vocab_size` and special tokens."""
+    ids = {"pad": tokenizer.pad_token_id, "cls": tokenizer.cls_token_id, "sep": tokenizer.sep_token_id}
+    ids |= {"bos": ids["cls"], "eos": ids["sep"]}
+    return {"vocab_size": padded_vocab_size(tokenizer), **{f"{name}_token_id": token for name, token in ids.items()}}
+
+
 def padded_vocab_size(tokenizer: PreTrainedTokenizerBase, multiple: int = 64) -> int:
     """Smallest `vocab_size` that a model may have for this tokenizer.
 

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .folder import draft_folder
@@ -27,6 +27,13 @@ def read_projection(folder: str | Path) -> nn.Linear | None:
     projection = nn.Linear(weight.shape[1], weight.shape[0])
     projection.load_state_dict({"weight": weight, "bias": bias})
     return projection
+
+
+def write_projection(folder: str | Path, projection: nn.Linear) -> None:
+    """Writes a projection beside a model, where [`read_projection`] finds it."""
+    (Path(folder) / EMBEDDER_NAME / "2_Dense").mkdir(parents=True)
+    tensors = {f"linear.{name}": tensor for name, tensor in projection.state_dict().items()}
+    save_file(tensors, Path(folder) / EMBEDDER_NAME / "2_Dense" / "model.safetensors")
 
 
 def write_embedder(folder: str | Path, projection: nn.Linear, max_length: int) -> None:
