@@ -9,14 +9,15 @@ start as one function, that of `none`: corrections that are 0, layers that are c
 first weights would be more than what they are compared for. Its weights are random, or with `--start` those of trained models, one
 for each seed. With `--teacher` the variants start from the layers of a ModernBERT, by `scripts/init_from_teacher.py`; only `depth_lora`
 takes its LoRAs from there as well (as Relaxed Recursive Transformers do).
-`unshared` has the widths of the others, and weights for every layer it runs; it says what sharing costs. Variants that
-end in `-matched` are brought to the parameters of `mol`. `--changes` adds variants that change fields of `mol`. With `--distil`, they
-learn the states of an encoder, on clean text, which has less noise than masked words: the loss is 1 - cosine of tokens plus that
-of pooled texts. With `--tasks`, written as for `benchmarks/merging.py`, the models are then fine-tuned.
+`unshared` has the widths of the others, and weights for every layer it runs; it says what sharing costs. Variants that end in
+`-matched` are brought to the parameters of `mol`. `--changes` adds variants that change fields of `mol`, `--num_hidden_groups` pairs
+without and with experts whose groups of layers are more and run less often.
+With `--distil`, they learn the states of an encoder, on clean text, which has less noise than masked words: the loss is 1 - cosine of
+tokens plus that of pooled texts. With `--tasks`, written as for `benchmarks/merging.py`, the models are then fine-tuned.
 
 The command can be given again: a run that has ended is kept, one that was stopped is resumed. Writes `ablation.json`,
 `ablation.md`, and plots: `ablation.svg`, loss over tokens and quality over parameters, `ablation-usage.svg`, use of the
-experts over depth.
+experts over depth, `ablation-sharing.svg`, what sharing costs and what experts give back, over the runs of a group.
 """
 
 import copy
@@ -80,6 +81,7 @@ VARIANTS = {
 }
 OPTIONAL = ("mol-soft", "mol-top_p", "mol-sequence")
 PAIRS = [("mol", other + kind) for kind in ("", "-matched") for other in ("none", "depth_lora", "moa")]
+PAIRS += [(name, "mol") for name in VARIANTS if name.startswith("mol-")]
 USAGE_TOKENS = 20_000
 
 
@@ -119,6 +121,16 @@ def match_parameters(config: ModernAlbertConfig, total: int) -> ModernAlbertConf
     return matched
 
 
+def sharing_variants(numbers: Iterable[int]) -> dict[str, dict[str, Any]]:
+    """Variants without and with experts for other numbers of groups, as fields that differ from those of `mol`."""
+    kinds = ("none", "mol")
+    return {
+        f"{kind}-{groups}-groups": {"ffn_modulation": kind, "num_hidden_groups": groups}
+        for groups in numbers
+        for kind in kinds
+    }
+
+
 def overrides(
     name: str, preset: str, vocab_size: int, shape: dict[str, Any] | None = None, change: dict[str, Any] | None = None
 ) -> dict[str, Any]:
@@ -137,9 +149,11 @@ def overrides(
     sizes |= shape
     base = ModernAlbertConfig.preset(preset, **sizes)
     if name == "unshared":
-        mol = [layer for layer in range(base.num_hidden_layers) if layer // base.layers_per_group in base.mol_groups]
-        fields |= {"num_hidden_groups": base.num_hidden_layers, "mol_groups": mol}
-    elif name.endswith("-matched"):
+        fields["num_hidden_groups"] = base.num_hidden_layers
+    groups = fields.get("num_hidden_groups", base.num_hidden_groups)
+    if groups != base.num_hidden_groups and "mol_groups" not in (change or {}):  # experts at the preset's depths
+        fields["mol_groups"] = [g for g in range(groups) if g * base.num_hidden_groups // groups in base.mol_groups]
+    if name.endswith("-matched"):
         config = match_parameters(ModernAlbertConfig.preset(preset, **{**sizes, **fields}), base.num_parameters())
         fields |= {field: getattr(config, field) for field in ("expert_rank", "mol_intermediate_size")}
         fields["expert_alpha"] = base.expert_alpha * config.expert_rank / base.expert_rank  # the scale of `mol`
@@ -165,7 +179,8 @@ def variant_fields(args: Namespace, name: str) -> dict[str, Any]:
     """Fields in which a variant differs from its preset, for the tokenizer of the study."""
     vocab_size = padded_vocab_size(load_tokenizer(args.output_dir / "tokenizer"))
     shape = parse_json("config_overrides", args.config_overrides)
-    return overrides(name, args.preset, vocab_size, shape, args.changes.get(name))
+    changes = args.changes | sharing_variants(args.num_hidden_groups)
+    return overrides(name, args.preset, vocab_size, shape, changes.get(name))
 
 
 def variant_config(args: Namespace, name: str) -> ModernAlbertConfig:
@@ -311,13 +326,36 @@ def summarise(values: dict[str, list[float]], larger_is_better: bool, changes: I
     return {"values": values, "variants": variants, "pairs": pairs}
 
 
+def summarise_sharing(
+    values: dict[str, list[float]], configs: dict[str, ModernAlbertConfig]
+) -> dict[int, dict[str, Any]]:
+    """What sharing costs, against `unshared`, and what experts give back, by how often a group of layers runs.
+
+    Args:
+        values: Losses of each variant, one for each seed, in the same order.
+        configs: Of each variant.
+
+    Returns:
+        By runs of a group, fewest first: `cost` and `gain`, differences with half the width of their intervals, and
+        `share`, their ratio, None where sharing costs nothing.
+    """
+    found = {}
+    for none, own in values.items():
+        mol = none.replace("none", "mol", 1)
+        if re.fullmatch(r"none(-\d+-groups)?", none) and {mol, "unshared"} <= values.keys():
+            cost, gain = compare(own, values["unshared"]), compare(own, values[mol])
+            share = gain["mean"] / cost["mean"] if cost["mean"] > 0 else None
+            found[configs[none].layers_per_group] = {"cost": cost, "gain": gain, "share": share}
+    return dict(sorted(found.items()))
+
+
 def collect(args: Namespace, tasks: list[str]) -> dict[str, Any]:
     """All figures, from what the runs have left in their folders."""
-    variants, measures = {}, {}
+    variants, measures, configs = {}, {}, {}
     for name in args.variants:
         folders, swept = [best_run(args, name, seed) for seed in args.seeds], sweep(args, name)
         rate = next(iter(swept))
-        config = ModernAlbertConfig.from_pretrained(folders[0])
+        config = configs[name] = ModernAlbertConfig.from_pretrained(folders[0])
         curves = {}
         for folder in folders:
             for source, curve in read_curve(folder, args.batch_size).items():
@@ -343,23 +381,29 @@ def collect(args: Namespace, tasks: list[str]) -> dict[str, Any]:
             found = [best_run(args, name, seed, task) / "results.json" for seed in args.seeds]
             scores = [100 * next(iter(json.loads(path.read_text())["scores"].values())) for path in found]
             measures.setdefault(task, {})[name] = scores
+    losses = [values for name, values in measures.items() if name not in tasks]
+    mean = {
+        name: [statistics.mean(own) for own in zip(*(loss[name] for loss in losses), strict=True)] for name in configs
+    }
     measures = {name: summarise(values, name in tasks, args.changes) for name, values in measures.items()}
     return {
         "tokens": args.steps * args.batch_size * LENGTH,
         "seeds": args.seeds,
         "variants": variants,
         "measures": measures,
+        "sharing": summarise_sharing(mean, configs),
     }
 
 
 def tabulate(results: dict[str, Any]) -> str:
-    """Markdown: for each measure a table of the variants and one of the pairs."""
+    """Markdown: for each measure a table of the variants and one of the pairs; one of what sharing costs."""
+
+    def number(value, half, digits, sign=""):
+        return f"{value:{sign}.{digits}f}" + (f" ± {half:.{digits}f}" if half is not None else "")
+
     tables = []
     for measure, figures in results["measures"].items():
         digits = 4 if "distillation" in measure else 3 if "loss" in measure else 1
-
-        def number(value, half, sign="", digits=digits):
-            return f"{value:{sign}.{digits}f}" + (f" ± {half:.{digits}f}" if half is not None else "")
 
         rows = []
         for name, own in figures["variants"].items():
@@ -370,8 +414,8 @@ def tabulate(results: dict[str, Any]) -> str:
                     f"{variant['parameters'] / 1e6:.3f}",
                     f"{variant['flops_per_token'] / 1e6:.2f}",
                     f"{variant['learning_rate']:g}" + (" (edge)" if variant["at_edge_of_sweep"] else ""),
-                    number(own["mean"], own["standard_error"]),
-                    "" if difference is None or name == "none" else number(*difference.values(), "+"),
+                    number(own["mean"], own["standard_error"], digits),
+                    "" if difference is None or name == "none" else number(*difference.values(), digits, "+"),
                     "" if own["gap_closed"] is None or name == "none" else f"{own['gap_closed']:.0%}",
                 ]
             )
@@ -379,8 +423,16 @@ def tabulate(results: dict[str, Any]) -> str:
         columns = ("parameters (M)", "MFLOP per token", "learning rate", "mean ± standard error")
         tables.append(format_table([heading, *columns, "minus none, 95% interval", "gap closed"], rows))
         if figures["pairs"]:
-            pairs = [[pair, number(*found.values(), "+")] for pair, found in figures["pairs"].items()]
+            pairs = [[pair, number(*found.values(), digits, "+")] for pair, found in figures["pairs"].items()]
             tables.append(format_table(["pair", "difference, 95% interval"], pairs))
+    if results["sharing"]:
+        rows = [
+            [str(runs), number(*own["cost"].values(), 4, "+"), number(*own["gain"].values(), 4, "+")]
+            + ["" if own["share"] is None else f"{own['share']:.0%}"]
+            for runs, own in results["sharing"].items()
+        ]
+        columns = ("runs of a group", "cost of sharing, 95% interval", "given back by experts, 95% interval", "share")
+        tables.append(format_table(columns, rows, numbers=True))
     return "\n\n".join(tables) + "\n"
 
 
@@ -419,6 +471,28 @@ def draw_results(results: dict[str, Any]) -> list[Callable]:
     return panels + [over_parameters(*item) for item in results["measures"].items()]
 
 
+def draw_sharing(sharing: dict[int, dict[str, Any]]) -> list[Callable]:
+    """Panels over the runs of a group: what sharing costs and what experts give back, and the share of it."""
+    runs = list(sharing)
+
+    def losses(axes):
+        for name, label in (("cost", "cost of sharing"), ("gain", "given back by experts")):
+            figures = [own[name] for own in sharing.values()]
+            halves = [figure["half_width"] or 0 for figure in figures]
+            axes.errorbar(runs, [figure["mean"] for figure in figures], halves, marker="o", capsize=3, label=label)
+        axes.axhline(0, color="grey", linewidth=0.5)
+        axes.set(title="loss", xlabel="runs of a group", ylabel="difference, 95% interval", xticks=runs)
+        axes.legend(fontsize="x-small")
+
+    def shares(axes):
+        known = {count: 100 * own["share"] for count, own in sharing.items() if own["share"] is not None}
+        axes.plot(list(known), list(known.values()), marker="o")
+        axes.axhline(0, color="grey", linewidth=0.5)
+        axes.set(title="share that experts give back", xlabel="runs of a group", ylabel="%", xticks=runs)
+
+    return [losses, shares]
+
+
 def draw_usage(args: Namespace) -> list[Callable]:
     """Panels: share of choices of each expert over depth, for each routed variant and group, first seed."""
 
@@ -449,6 +523,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--changes", default="{}", help='more variants as JSON: {"large-alpha": {"expert_alpha": 128}}'
     )
+    parser.add_argument(
+        "--num_hidden_groups",
+        type=count,
+        nargs="+",
+        default=[],
+        help="more variants, with more groups than the others",
+    )
     parser.add_argument("--tasks", help="JSON file, see above")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/benchmark-ablation"))
     parser.add_argument("--preset", choices=PRESETS, default="nano", help="shape, of which the variants differ")
@@ -473,10 +554,19 @@ def main(argv: list[str] | None = None) -> None:
             parser.error(
                 f"--changes maps new names of letters, digits, '.', '_' and '-' to fields of `mol`, got {name!r}: {fields}"
             )
-    args.variants = [*args.variants, *args.changes]
+    shape = {"pad_token_id": None, **parse_json("config_overrides", args.config_overrides)}
+    base = ModernAlbertConfig.preset(args.preset, **shape)
+    fewest, most = base.num_hidden_groups, base.num_hidden_layers
+    for groups in args.num_hidden_groups:
+        if not fewest < groups < most or groups % fewest or most % groups:
+            parser.error(
+                f"--num_hidden_groups takes multiples of the {fewest} of the other variants that divide the {most} layers of a "
+                f"model, more than {fewest} and less than {most}, got {groups}"
+            )
+    args.variants = [*args.variants, *args.changes, *sharing_variants(args.num_hidden_groups)]
     tasks = read_tasks(args.tasks, "train_files", "validation_files")
     # The folders of the runs tell these apart.
-    chosen = ("variants", "steps", "learning_rates", "seeds", "start", "teacher_cache", "changes")
+    chosen = ("variants", "steps", "learning_rates", "seeds", "start", "teacher_cache", "changes", "num_hidden_groups")
     more = {f"change {name}": fields for name, fields in args.changes.items()}
     starts = args.start or []
     more |= {f"start of seed {args.seeds[i]}": describe_model(name) for i, name in enumerate(starts)}
@@ -506,6 +596,8 @@ def main(argv: list[str] | None = None) -> None:
     write_json(args.output_dir / "ablation.json", results)
     write_text(args.output_dir / "ablation.md", tabulate(results))
     write_text(args.output_dir / "ablation.svg", draw_panels(draw_results(results)))
+    if results["sharing"]:
+        write_text(args.output_dir / "ablation-sharing.svg", draw_panels(draw_sharing(results["sharing"])))
     if panels := draw_usage(args):
         write_text(args.output_dir / "ablation-usage.svg", draw_panels(panels))
     print(tabulate(results))

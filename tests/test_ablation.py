@@ -66,7 +66,8 @@ def test_variants_differ_in_what_they_are_about(ablation, preset):
 
 @pytest.fixture
 def args(tmp_path):
-    shape = {"preset": "nano", "config_overrides": "{}", "distil": None, "changes": {}, "batch_size": 8}
+    shape = {"preset": "nano", "config_overrides": "{}", "distil": None, "batch_size": 8}
+    shape |= {"changes": {}, "num_hidden_groups": []}
     return Namespace(
         output_dir=tmp_path, variants=list(LOSSES), steps=1000, learning_rates=RATES, seeds=SEEDS, **shape
     )
@@ -161,7 +162,7 @@ def test_variants_start_from_the_teacher(ablation, tmp_path, monkeypatch):
     )
     monkeypatch.setattr(ablation, "read_losses", lambda folder: {})
     save_tokenizer(train_tokenizer(["A text."], vocab_size=300, model_max_length=64), tmp_path / "tokenizer")
-    shape = {"preset": "nano", "config_overrides": "{}", "distil": None, "changes": {}}
+    shape = {"preset": "nano", "config_overrides": "{}", "distil": None, "changes": {}, "num_hidden_groups": []}
     args = Namespace(output_dir=tmp_path, teacher="runs/teacher", steps=10, batch_size=8, **shape)
     for name in ablation.VARIANTS:
         ablation.initialise(args, name, 7)
@@ -193,64 +194,50 @@ def test_changes_without_a_name_or_fields_are_refused(ablation, tmp_path, capsys
     assert "--changes maps new names" in capsys.readouterr().err
 
 
-@pytest.fixture
-def sharing():
-    return load_script("sharing", BENCHMARKS)
+def test_what_sharing_costs_and_experts_give_back(ablation):
+    shape = {
+        "preset": "nano",
+        "vocab_size": 8192,
+        "shape": {"num_hidden_layers": 6, "num_hidden_groups": 1, "mol_groups": [0]},
+    }
+    changes = {"none": None, **ablation.sharing_variants([2, 3])}
+    fields = {name: ablation.overrides(name, **shape, change=change) for name, change in changes.items()}
+    configs = {name: ModernAlbertConfig.preset("nano", **own) for name, own in fields.items()}
+    assert configs["mol-2-groups"].mol_groups == [0, 1] and configs["none-2-groups"].modulation == "none"
+    values = {
+        "unshared": [3.0, 3.2, 3.1],
+        **{"none": [3.4, 3.6, 3.5], "mol": [3.3, 3.4, 3.5]},
+        **{"none-3-groups": [2.9, 3.1, 3.0], "mol-3-groups": [2.8, 3.0, 2.9]},
+        "none-2-groups": [3.1, 3.3, 3.2],  # whose `mol` was not run
+    }
+    found = ablation.summarise_sharing(values, configs)
+    assert list(found) == [2, 6]  # runs of a group
+    assert found[6]["cost"] == {"mean": pytest.approx(0.4), "half_width": pytest.approx(0, abs=1e-9)}
+    assert found[6]["gain"] == {"mean": pytest.approx(0.1), "half_width": pytest.approx(T * 0.1 / 3**0.5, rel=1e-6)}
+    assert found[6]["share"] == pytest.approx(0.25)
+    assert found[2]["cost"]["mean"] < 0 and found[2]["share"] is None
+    text = ablation.tabulate({"measures": {}, "sharing": found})
+    assert "| 6 | +0.4000 ± 0.0000 | +0.1000 ± 0.2484 | 25% |" in text
+    assert "runs of a group" in ablation.draw_panels(ablation.draw_sharing(found))
 
 
-def test_cost_of_sharing_and_what_experts_give_back(sharing):
-    figures = sharing.summarise([3.0, 3.2, 3.1], [3.4, 3.6, 3.5], [3.3, 3.4, 3.5])
-    assert figures["cost"] == {"mean": pytest.approx(0.4), "half_width": pytest.approx(0, abs=1e-9)}
-    assert figures["gain"] == {"mean": pytest.approx(0.1), "half_width": pytest.approx(T * 0.1 / 3**0.5, rel=1e-6)}
-    assert figures["share"] == pytest.approx(0.25)
-    assert "| 4 | +0.4000 ± 0.0000 | +0.1000 ± 0.2484 | 25% |" in sharing.tabulate({4: figures})
-    assert sharing.summarise([3.0], [2.9], [2.8])["share"] is None  # sharing costs nothing
-
-
-def test_each_number_of_groups_is_a_study(sharing, tmp_path, monkeypatch):
-    studies = []
-
-    def study(command):
-        given = dict(
-            zip(
-                command[command.index("--config_overrides") :: 2],
-                command[command.index("--config_overrides") + 1 :: 2],
-                strict=True,
-            )
+@pytest.mark.parametrize("groups", ["1", "3", "4", "0"])
+def test_numbers_of_groups_that_do_not_fit_are_refused(ablation, tmp_path, capsys, groups):
+    command = [
+        "--train_data",
+        "a",
+        "--validation_data",
+        "b",
+        "--output_dir",
+        str(tmp_path),
+        "--num_hidden_groups",
+        groups,
+    ]
+    with pytest.raises(SystemExit, match="2"):
+        ablation.main(
+            [*command, "--config_overrides", '{"num_hidden_layers": 4, "num_hidden_groups": 1, "mol_groups": [0]}']
         )
-        shape = json.loads(given["--config_overrides"])
-        variants = command[1 : command.index("--config_overrides")]
-        studies.append((shape, variants, given["--teacher_cache"], given["--seeds"]))
-        losses = {
-            name: [{"none": 3.0, "mol": 2.9, "unshared": 2.8}[name] - 0.1 * shape["num_hidden_groups"]]
-            for name in variants
-        }
-        Path(given["--output_dir"]).mkdir(parents=True)
-        measures = {"distillation loss, a": {"values": losses}, "task": {"values": {}}}
-        (Path(given["--output_dir"]) / "ablation.json").write_text(json.dumps({"measures": measures}))
-
-    monkeypatch.setattr(sharing.ablation, "main", study)
-    shape = '{"num_hidden_layers": 4, "hidden_size": 64}'
-    sharing.main(
-        ["--num_hidden_groups", "1", "2", "--config_overrides", shape, "--output_dir", str(tmp_path), "--seeds", "0"]
-    )
-    (wide, first, cache, seed), (narrow, second, *_) = studies
-    assert (wide["num_hidden_groups"], wide["mol_groups"], wide["hidden_size"]) == (2, [0, 1], 64)
-    assert (narrow["num_hidden_groups"], narrow["mol_groups"]) == (1, [0])
-    assert first == second == ["none", "mol", "unshared"]
-    assert (cache, seed) == (str(tmp_path / "teacher.sqlite"), "0")
-    results = json.loads((tmp_path / "sharing.json").read_text())
-    assert results["4"]["cost"]["mean"] == pytest.approx(0.2) and results["2"]["share"] == pytest.approx(0.5)
-    assert "runs of a group" in (tmp_path / "sharing.svg").read_text()
-
-    for wrong in (
-        ["--num_hidden_groups", "3"],
-        ["--num_hidden_groups", "4"],
-        ["--variants", "mol"],
-        ["--start", "model"],
-    ):
-        with pytest.raises(SystemExit, match="2"):
-            sharing.main([*wrong, "--config_overrides", shape, "--output_dir", str(tmp_path / "no")])
+    assert "--num_hidden_groups" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -273,10 +260,10 @@ def test_the_variants_of_a_seed_start_as_one_function(ablation, teacher_folder, 
         output_dir=tmp_path, preset="nano", teacher=None, distil=str(teacher_folder), steps=10, batch_size=8
     )
     args.config_overrides, args.teacher_cache, args.start = json.dumps({**sizes, **depth}), None, None
-    args.changes = {"four": {"num_experts_per_tok": 4}}
+    args.changes, args.num_hidden_groups = {"four": {"num_experts_per_tok": 4}}, [6]
     input_ids = torch.arange(4, 44).view(2, 20)
     expected, parameters = {}, {}
-    for name in (*ablation.VARIANTS, "four"):
+    for name in (*ablation.VARIANTS, "four", "mol-6-groups"):
         for seed in (7, 8):
             ablation.initialise(args, name, seed)
             model = ModernAlbertForMaskedLM.from_pretrained(tmp_path / f"{name}-start-{seed}").eval()
@@ -306,6 +293,7 @@ def test_the_variants_of_a_seed_start_as_one_function(ablation, teacher_folder, 
 def test_variants_go_on_from_trained_models(ablation, teacher_folder, tmp_path):
     """One for each seed, with what it has learned of its teacher's states."""
     args = Namespace(output_dir=tmp_path, preset="nano", teacher=None, distil=None, changes={}, seeds=[3, 5])
+    args.num_hidden_groups = []
     sizes = {"hidden_size": 64, "num_attention_heads": 2, "embedding_size": 32, "intermediate_size": 96}
     depth = {"num_hidden_layers": 4, "num_hidden_groups": 2, "mol_groups": [1], "mol_intermediate_size": 96}
     args.config_overrides = json.dumps({**sizes, **depth})
