@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import torch
 from common import (
     BATCH,
@@ -83,6 +84,7 @@ OPTIONAL = ("mol-soft", "mol-top_p", "mol-sequence")
 PAIRS = [("mol", other + kind) for kind in ("", "-matched") for other in ("none", "depth_lora", "moa")]
 PAIRS += [(name, "mol") for name in VARIANTS if name.startswith("mol-")]
 USAGE_TOKENS = 20_000
+COLOURS = matplotlib.colormaps["tab20"].colors  # for more variants than the default has colours
 
 
 def match_parameters(config: ModernAlbertConfig, total: int) -> ModernAlbertConfig:
@@ -442,6 +444,7 @@ def draw_results(results: dict[str, Any]) -> list[Callable]:
 
     def over_tokens(source, minus=None):
         def panel(axes):
+            axes.set_prop_cycle(color=COLOURS)
             for name, variant in variants.items():
                 points = variant["curves"][source][1:]  # the first is of untrained models
                 others = variants[minus]["curves"][source][1:] if minus else [(0, 0)] * len(points)
@@ -455,6 +458,7 @@ def draw_results(results: dict[str, Any]) -> list[Callable]:
 
     def over_parameters(measure, figures):
         def panel(axes):
+            axes.set_prop_cycle(color=COLOURS)
             for name, own in figures["variants"].items():
                 size = variants[name]["parameters"] / 1e6
                 axes.errorbar(size, own["mean"], own["standard_error"], marker="o", capsize=3, label=name)
