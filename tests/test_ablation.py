@@ -223,20 +223,10 @@ def test_what_sharing_costs_and_experts_give_back(ablation):
 
 @pytest.mark.parametrize("groups", ["1", "3", "4", "0"])
 def test_numbers_of_groups_that_do_not_fit_are_refused(ablation, tmp_path, capsys, groups):
-    command = [
-        "--train_data",
-        "a",
-        "--validation_data",
-        "b",
-        "--output_dir",
-        str(tmp_path),
-        "--num_hidden_groups",
-        groups,
-    ]
+    command = ["--train_data", "a", "--validation_data", "b", "--output_dir", str(tmp_path)]
+    command += ["--config_overrides", '{"num_hidden_layers": 4, "num_hidden_groups": 1, "mol_groups": [0]}']
     with pytest.raises(SystemExit, match="2"):
-        ablation.main(
-            [*command, "--config_overrides", '{"num_hidden_layers": 4, "num_hidden_groups": 1, "mol_groups": [0]}']
-        )
+        ablation.main([*command, "--num_hidden_groups", groups])
     assert "--num_hidden_groups" in capsys.readouterr().err
 
 
