@@ -552,9 +552,9 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--teacher is a start of its own: leave --distil and --start out")
     if args.start and len(args.start) != len(args.seeds):
         parser.error(f"--start takes a model for each of the {len(args.seeds)} seeds, got {len(args.start)}")
-    args.changes = parse_json("changes", args.changes)
+    args.changes, sharing = parse_json("changes", args.changes), sharing_variants(args.num_hidden_groups)
     for name, fields in args.changes.items():
-        if not re.fullmatch(r"[\w.-]+", name) or name in VARIANTS or not isinstance(fields, dict):
+        if not re.fullmatch(r"[\w.-]+", name) or name in VARIANTS | sharing or not isinstance(fields, dict):
             parser.error(
                 f"--changes maps new names of letters, digits, '.', '_' and '-' to fields of `mol`, got {name!r}: {fields}"
             )
@@ -567,7 +567,7 @@ def main(argv: list[str] | None = None) -> None:
                 f"--num_hidden_groups takes multiples of the {fewest} of the other variants that divide the {most} layers of a "
                 f"model, more than {fewest} and less than {most}, got {groups}"
             )
-    args.variants = [*args.variants, *args.changes, *sharing_variants(args.num_hidden_groups)]
+    args.variants = [*args.variants, *args.changes, *sharing]
     tasks = read_tasks(args.tasks, "train_files", "validation_files")
     # The folders of the runs tell these apart.
     chosen = ("variants", "steps", "learning_rates", "seeds", "start", "teacher_cache", "changes", "num_hidden_groups")
