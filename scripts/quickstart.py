@@ -1,8 +1,8 @@
-"""What `modernalbert-nano` and `modernalbert-nano-embed` are for, without network, in two to three minutes on two cores.
+"""What `modernalbert-nano` and `modernalbert-nano-embed` are for, without network.
 
     python scripts/quickstart.py --output_dir runs/quickstart
 
-Fills in masks, and searches the language reference that every Python carries. Fine-tunes `modernalbert-nano` to tell which
+It takes two to three minutes on two cores, about six where these lack AVX512. It fills in masks, and searches the language reference that every Python carries. Fine-tunes `modernalbert-nano` to tell which
 part of the standard library a docstring describes, beside TF-IDF on the same rows; merges the experts, with a report on
 what that costs; and lets a fresh process that has no `modernalbert` package load the result. Each step runs the script of
 that name in this folder.
@@ -30,7 +30,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import pipeline
 
 import modernalbert  # noqa: F401  (registers the Auto classes)
-from modernalbert.training.cli import Count, Seed, parse_arguments, run_script
+from modernalbert.training.cli import Count, Seed, emulates_bf16, parse_arguments, run_script
 from modernalbert.training.export.folder import run_fresh
 from modernalbert.training.runs import write_json
 
@@ -178,7 +178,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
     console.rule("3. fine-tuning: which part of the standard library?")
     files = write_task(folder, args.rows, args.seed)
     shared = ["--report_to", "none", "--use_cpu", "True", "--dataloader_pin_memory", "False", "--max_length", "96"]
-    shared += ["--validation_files", files["validation"], "--per_device_eval_batch_size", "64", "--bf16", "True"]
+    shared += ["--validation_files", files["validation"], "--per_device_eval_batch_size", "64"]
+    shared += ["--bf16", str(not emulates_bf16())]
     routed = run_glue.main(
         ["--model_name_or_path", nano, "--output_dir", str(folder / "classifier"), "--do_train", "--baselines", "True"]
         + ["--train_files", files["train"], "--num_train_epochs", "4", "--per_device_train_batch_size", "16"]

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import TrainingArguments
 
+from modernalbert.training import cli
 from modernalbert.training import runs as checkpoints
 from modernalbert.training.cli import Count, Positive, Share, parse_arguments, parse_json
 
@@ -478,3 +479,10 @@ def test_files_are_written_whole_or_not_at_all(tmp_path):
     checkpoints.write_files(tmp_path, write)
     contents = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert contents == {"a": "new", "b": "new", "kept": "kept"}
+
+
+@pytest.mark.parametrize("emulated", [True, False])
+def test_bf16_on_a_cpu_without_it_is_warned_of(monkeypatch, tmp_path, caplog, emulated):
+    monkeypatch.setattr(cli, "emulates_bf16", lambda: emulated)
+    parse_arguments((TrainingArguments,), ["--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "true"])
+    assert ("`--bf16 false`" in caplog.text) == emulated

@@ -28,6 +28,8 @@ from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 
 
+logger = logging.getLogger(__name__)
+
 MISTAKES = (ValueError, OSError, ImportError, StrictDataclassError, torch.OutOfMemoryError)
 
 
@@ -303,9 +305,18 @@ def check_training_arguments(arguments: TrainingArguments) -> None:
         known = set(inspect.signature(schedule).parameters) - {"optimizer", "num_warmup_steps", "num_training_steps"}
         kind = f"`lr_scheduler_kwargs` of `{SchedulerType(arguments.lr_scheduler_type).value}`"
         check_names(arguments.lr_scheduler_kwargs, known, kind)
+    if arguments.bf16 and arguments.device.type == "cpu" and emulates_bf16():
+        logger.warning(
+            "this CPU has no instructions for bf16 and emulates them, many times slower than float32: `--bf16 false`"
+        )
     for pair in (arguments.optim_args or "").replace(" ", "").split(","):
         if pair and pair.count("=") != 1:
             raise ValueError(f"`optim_args` ({arguments.optim_args}) must be `name=value`, several with commas")
+
+
+def emulates_bf16() -> bool:
+    """Whether this CPU lacks instructions for bf16 (AVX512 or AMX on x86); its products then take many times float32's."""
+    return not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def find_bounds(hint: Any) -> Iterator[Bounds]:
