@@ -2,10 +2,11 @@
 
     python scripts/quickstart.py --output_dir runs/quickstart
 
-It takes two to three minutes on two cores, about six where these lack AVX512. It fills in masks, and searches the language reference that every Python carries. Fine-tunes `modernalbert-nano` to tell which
-part of the standard library a docstring describes, beside TF-IDF on the same rows; merges the experts, with a report on
-what that costs; and lets a fresh process that has no `modernalbert` package load the result. Each step runs the script of
-that name in this folder.
+It takes two to three minutes on two cores, about six where these lack AVX512. It fills in masks, and searches the
+language reference that every Python carries. Fine-tunes `modernalbert-nano` to tell which part of the standard
+library a docstring describes, beside TF-IDF on the same rows; merges the experts, with a report on what that costs;
+and lets a fresh process that has no `modernalbert` package load the result. Each step runs the script of that name in
+this folder.
 """
 
 import ast
