@@ -289,7 +289,7 @@ def check_numbers(arguments: Any) -> None:
 
 
 def check_training_arguments(arguments: TrainingArguments) -> None:
-    """Sees what Trainer would see after the data was read, or never.
+    """Sees what Trainer would see after the data was read, or never; warns of bf16 on a CPU that emulates it.
 
     Raises:
         ValueError: Arguments do not go together, or a value is not one that it may have.
@@ -305,13 +305,13 @@ def check_training_arguments(arguments: TrainingArguments) -> None:
         known = set(inspect.signature(schedule).parameters) - {"optimizer", "num_warmup_steps", "num_training_steps"}
         kind = f"`lr_scheduler_kwargs` of `{SchedulerType(arguments.lr_scheduler_type).value}`"
         check_names(arguments.lr_scheduler_kwargs, known, kind)
+    for pair in (arguments.optim_args or "").replace(" ", "").split(","):
+        if pair and pair.count("=") != 1:
+            raise ValueError(f"`optim_args` ({arguments.optim_args}) must be `name=value`, several with commas")
     if arguments.bf16 and arguments.device.type == "cpu" and emulates_bf16():
         logger.warning(
             "this CPU has no instructions for bf16 and emulates them, many times slower than float32: `--bf16 false`"
         )
-    for pair in (arguments.optim_args or "").replace(" ", "").split(","):
-        if pair and pair.count("=") != 1:
-            raise ValueError(f"`optim_args` ({arguments.optim_args}) must be `name=value`, several with commas")
 
 
 def emulates_bf16() -> bool:
