@@ -55,7 +55,7 @@ from modernalbert.training.export.redaction import redact
 from modernalbert.training.initialization import add_experts, has_experts
 from modernalbert.training.loading import check_folder, check_size, is_sentence_transformer, load_config, load_model
 from modernalbert.training.loading import load_tokenizer as load_any_tokenizer
-from modernalbert.training.packing import PackedCollator, TokenMasker, mask_rows, pack_texts
+from modernalbert.training.packing import PackedCollator, TokenMasker, mask_rows, pack_enough, pack_texts
 from modernalbert.training.pretraining import PretrainingTrainer
 from modernalbert.training.runs import (
     RESULTS_NAME,
@@ -329,6 +329,7 @@ def load_rows(
         if teacher_tokenizer is None and args.max_length > longest:
             raise ValueError(f"`max_length` ({args.max_length}) exceeds the {longest} tokens that the teacher takes")
         pack = partial(pack_sequences, teacher_tokenizer=teacher_tokenizer, teacher_length=longest)
+    batch = training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size
     with training_args.main_process_first():  # the other processes read its tokenised rows from the cache
         texts = load_texts(
             args.train_data,
@@ -339,7 +340,11 @@ def load_rows(
             training_args.seed,
             pair_column=args.pair_column,
         )
-        rows = pack(texts, tokenizer, **packing, num_proc=args.preprocessing_num_workers)
+        pack_training = partial(pack, tokenizer=tokenizer, **packing, num_proc=args.preprocessing_num_workers)
+        if isinstance(texts, Dataset) and training_args.max_steps > 0:
+            rows = pack_enough(texts, pack_training, training_args.max_steps * batch, training_args.seed)
+        else:
+            rows = pack_training(texts)
         masker = TokenMasker(tokenizer, args.mlm_probability, training_args.seed, args.masked_share)
         # An evaluation masks all sequences, or none where it measures the teacher's terms.
         share = 0.0 if isinstance(distiller, EncoderDistiller) and args.masked_share == 0 else 1.0
@@ -349,13 +354,11 @@ def load_rows(
             texts = load_texts([source], args.validation_split, args.text_column, pair_column=args.pair_column)
             packed = first_rows(pack(texts, tokenizer, **packing), args.max_eval_samples)
             validation[name] = mask_rows(packed, evaluation_masker)
-    if isinstance(rows, Dataset):
-        batch = training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size
-        if len(rows) < batch:
-            raise ValueError(
-                f"the texts fill {len(rows)} rows of {args.max_length} tokens, fewer than the {batch} of a step; give "
-                "more texts, or lower `max_length` or the batch size"
-            )
+    if isinstance(rows, Dataset) and len(rows) < batch:
+        raise ValueError(
+            f"the texts fill {len(rows)} rows of {args.max_length} tokens, fewer than the {batch} of a step; give "
+            "more texts, or lower `max_length` or the batch size"
+        )
     return rows, validation, masker
 
 

@@ -19,6 +19,7 @@ from modernalbert.training.packing import (
     collate_batches,
     encode_texts,
     mask_rows,
+    pack_enough,
     pack_texts,
 )
 
@@ -78,6 +79,29 @@ def test_a_stream_packs_to_the_same_rows(tokenizer):
     packed = pack_texts(texts, tokenizer, 32)
     stream = pack_texts(texts.to_iterable_dataset(), tokenizer, 32)
     assert list(stream) == list(packed) and packed.column_names == ["input_ids"]
+
+
+def test_a_run_packs_as_many_texts_as_it_needs(tokenizer):
+    """Of five thousand texts, each of which starts with its number; later ones are longer."""
+    texts = Dataset.from_dict({"text": [f"{number} " + "word " * (number // 1000) for number in range(5000)]})
+    drawn = []
+
+    def pack(part):
+        drawn.append([int(text.split()[0]) for text in part["text"]])
+        return pack_texts(part, tokenizer, 16)
+
+    everything = pack_texts(texts, tokenizer, 16)
+    needed = len(everything) // 2
+    rows = pack_enough(texts, pack, needed)
+    assert needed <= len(rows) < 1.25 * needed
+    first, last = drawn
+    assert len(first) == 1000 and last[:1000] == first and len(set(last)) == len(last)
+    shares = [sum(number // 1000 == part for number in last) / len(last) for part in range(5)]
+    assert shares == pytest.approx([0.2] * 5, abs=0.04)
+
+    assert pack_enough(texts, pack, needed)[:] == rows[:] != pack_enough(texts, pack, needed, seed=1)[:]
+    assert len(pack_enough(texts, pack, 10**6)) == pytest.approx(len(everything), abs=5)
+    assert sorted(drawn[-1]) == list(range(5000))
 
 
 def test_a_text_longer_than_the_tokenizers_limit_passes_in_silence(tokenizer, caplog, recwarn):

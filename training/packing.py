@@ -1,5 +1,6 @@
 """From texts to batches: tokenised, packed into rows that hold several sequences each, masked and collated."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -101,6 +102,27 @@ def map_texts(
     if len(packed) == 0:
         raise ValueError(f"column '{text_column}' holds no text: all of its {len(texts)} rows are empty")
     return packed
+
+
+def pack_enough(texts: Dataset, pack: Callable[[Dataset], Dataset], needed: int, seed: int = 0) -> Dataset:
+    """Packed rows of as many texts, drawn at random, as fill `needed` rows; of all texts where they fill fewer.
+
+    So a short run on a large collection need not wait for rows that it will not see.
+
+    Args:
+        texts: Rows with the texts.
+        pack: Makes rows of them, as `pack_texts` does.
+        needed: Rows that the run takes.
+        seed: Of the draw.
+
+    Raises:
+        ValueError: The texts drawn are empty.
+    """
+    texts = texts.shuffle(seed=seed)
+    count = min(1000, len(texts))  # tells how many texts the rows take
+    while len(rows := pack(texts.select(range(count)))) < needed and count < len(texts):
+        count = min(math.ceil(1.1 * count * needed / len(rows)), len(texts))
+    return rows
 
 
 class TokenMasker:
