@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from helpers import load_script
 from transformers import AutoConfig, BertConfig, ModernBertConfig, ModernBertForMaskedLM
 
-from modernalbert import ModernAlbertConfig, ModernAlbertForMaskedLM, ModernAlbertModel
+from modernalbert import ModernAlbertConfig, ModernAlbertForMaskedLM
 from modernalbert.tokenization import padded_vocab_size, save_tokenizer, train_tokenizer
-from modernalbert.training.export.embedder import read_projection, write_projection
 from modernalbert.training.initialization import (
     add_experts,
     initialize_from_teacher,
@@ -537,84 +536,3 @@ def test_pretraining_adds_experts(pretrained, tmp_path):
     results = script.main([*start, *arguments, *overrides, "--output_dir", str(tmp_path / "run")])
     assert ModernAlbertForMaskedLM.from_pretrained(tmp_path / "run").config.mol_groups == [1]
     assert results["parameters"] > plain.num_parameters()
-
-
-@pytest.fixture
-def make_average(make_model, tmp_path):
-    """Two models that share a start but not a head, `first` with experts and `second` as an embedder; and the script's arguments."""
-    tokenizer = train_tokenizer([f"Sentence number {n}." for n in range(40)], vocab_size=320)
-    fields = {"vocab_size": padded_vocab_size(tokenizer), "mol_intermediate_size": 24}
-    first = make_model(ModernAlbertForMaskedLM, mol_groups=[1], **fields)
-    second = make_model(ModernAlbertModel, mol_groups=[], **fields)
-    models = {"first": first, "second": second}
-    for name, model in models.items():
-        model.save_pretrained(tmp_path / name)
-        save_tokenizer(tokenizer, tmp_path / name)
-    projections = {name: torch.nn.Linear(model.config.hidden_size, 7) for name, model in models.items()}
-    for name, projection in projections.items():
-        write_projection(tmp_path / name, projection)
-    arguments = ["--models", *(str(tmp_path / name) for name in models), "--output_dir", str(tmp_path / "average")]
-    return models, projections, arguments
-
-
-def test_models_are_averaged(make_average, tmp_path):
-    models, projections, arguments = make_average
-    load_script("average_models").main([*arguments, "--weights", "3", "1"])
-    average, info = ModernAlbertForMaskedLM.from_pretrained(tmp_path / "average", output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
-    first, second = models["first"].state_dict(), models["second"].state_dict()
-    for name, tensor in average.state_dict().items():
-        other = second.get(name.removeprefix("model.").replace("decoder.weight", "embeddings.tok_embeddings.weight"))
-        if other is not None:
-            expected = 0.75 * first[name] + 0.25 * other
-        else:
-            expected = first[name] * (0.75 if name.endswith("_B") else 1)
-        torch.testing.assert_close(tensor, expected, msg=name)
-    assert average.decoder.weight is average.get_input_embeddings().weight
-    expected = 0.75 * projections["first"].weight + 0.25 * projections["second"].weight
-    torch.testing.assert_close(read_projection(tmp_path / "average").weight, expected)
-
-
-def test_an_average_with_a_model_without_experts_weakens_their_corrections(make_average, make_model, tmp_path):
-    """With equal other weights nothing but the corrections changes: the output is that of half of them."""
-    models, _, arguments = make_average
-    first, second = models["first"], models["second"]
-    second.load_state_dict(first.model.state_dict(), strict=False)
-    second.save_pretrained(tmp_path / "second")
-    load_script("average_models").main(arguments)
-    average = ModernAlbertForMaskedLM.from_pretrained(tmp_path / "average").eval()
-    ids = torch.randint(5, 60, (2, 9))
-    whole = first.eval()(ids).logits
-    experts = first.model.layers[1].mlp.experts
-    with torch.no_grad():
-        experts.in_B *= 0.5
-        experts.out_B *= 0.5
-    torch.testing.assert_close(average(ids).logits, first(ids).logits)
-    assert (average(ids).logits - whole).abs().max() > 1e-3
-
-
-def test_models_that_have_no_average_are_refused(make_average, make_model, tmp_path):
-    models, _, arguments = make_average
-    script = load_script("average_models")
-    one, two = arguments[1:3]
-    with pytest.raises(ValueError, match="two `models` or more, got 1"):
-        script.main(["--models", one, *arguments[3:]])
-    with pytest.raises(ValueError, match="one of `weights` for each of the 2 models, got 1"):
-        script.main([*arguments, "--weights", "1"])
-    with pytest.raises(
-        ValueError, match="second' lacks .*decoder_projection.* give a model that has all tensors first"
-    ):
-        script.main(["--models", two, one, *arguments[3:]])
-    plain = make_model(ModernAlbertForMaskedLM, mol_groups=[], vocab_size=models["first"].config.vocab_size)
-    plain.save_pretrained(tmp_path / "second")
-    with pytest.raises(ValueError, match="the first model lacks .*experts.* give a model that has all tensors first"):
-        script.main(["--models", two, one, *arguments[3:]])
-    save_tokenizer(train_tokenizer(["other words"], vocab_size=320), tmp_path / "second")
-    with pytest.raises(ValueError, match="tokenizers of '.*first' and '.*second' differ"):
-        script.main(arguments)
-    other = make_model(ModernAlbertModel, vocab_size=models["first"].config.vocab_size, mol_groups=[], hidden_size=48)
-    other.save_pretrained(tmp_path / "other")
-    save_tokenizer(train_tokenizer([f"Sentence number {n}." for n in range(40)], vocab_size=320), tmp_path / "other")
-    with pytest.raises(ValueError, match=r"has different shapes: \[32, 16\], \[48, 16\]"):
-        script.main(["--models", one, str(tmp_path / "other"), *arguments[3:]])
-    assert not (tmp_path / "average").exists()

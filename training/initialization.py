@@ -271,36 +271,6 @@ def add_experts(model: ModernAlbertForMaskedLM, config: ModernAlbertConfig) -> M
     return grown
 
 
-@torch.no_grad()
-def average_tensors(states: Sequence[dict[str, torch.Tensor]], weights: Sequence[float]) -> dict[str, torch.Tensor]:
-    """Weighted mean of the tensors of several models, in float32, each over the models that have it.
-
-    Of experts that a model lacks, the second factors count as zeros: there they would correct nothing.
-
-    Args:
-        states: Tensors of each model by name; the first has all names.
-        weights: Positive, of each model.
-
-    Raises:
-        ValueError: Another model has a name that the first lacks, or shapes differ.
-    """
-    for state in states[1:]:
-        if lacking := sorted(state.keys() - states[0].keys()):
-            raise ValueError(
-                f"the first model lacks {', '.join(lacking[:3])}: give a model that has all tensors first"
-            )
-    mean = {}
-    for name, tensor in states[0].items():
-        held = [(state[name], weight) for state, weight in zip(states, weights, strict=True) if name in state]
-        if any(other.shape != tensor.shape for other, _ in held):
-            raise ValueError(f"{name} has different shapes: {', '.join(str(list(other.shape)) for other, _ in held)}")
-        total = (
-            sum(weights) if name.endswith((".experts.in_B", ".experts.out_B")) else sum(weight for _, weight in held)
-        )
-        mean[name] = sum(other.float() * (weight / total) for other, weight in held)
-    return mean
-
-
 def factorize_embedding(encoder: ModernBertModel, embeddings: ModernAlbertEmbeddings) -> dict[str, float]:
     """Fills the student's table and projection from the teacher's table, in closed form and float64.
 
