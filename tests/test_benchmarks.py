@@ -168,3 +168,55 @@ def test_merges_are_measured_by_the_distance_to_the_encoder_they_were_distilled_
     # No training has said what its routing was, and of four experts four are left.
     assert set(losses) == {"routed", *script.METHODS} - {"ema", "cluster to 4"}
     assert all(abs(loss - losses["routed"]) > 1e-6 for name, loss in losses.items() if name != "routed")
+
+
+# ---- Pairs
+
+
+@pytest.fixture
+def pairs_script():
+    return load_script("pairs", BENCHMARKS)
+
+
+def test_states_of_pairs_are_means_over_their_own_tokens(make_model, tokenizer, pairs_script):
+    """Whatever they are padded with; the second text is read in sight of the first, or by itself."""
+    names = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "cls", "sep")}
+    model = make_model(ModernAlbertModel, vocab_size=padded_vocab_size(tokenizer), mol_groups=[], **names).eval()
+    firsts, seconds = TEXTS[:3], [TEXTS[3], TEXTS[4] * 2, TEXTS[5]]
+    together = pairs_script.see_together(model, tokenizer, firsts, seconds)
+    apart = pairs_script.see_apart(model, tokenizer, firsts, seconds)
+    for row, (first, second) in enumerate(zip(firsts, seconds, strict=True)):
+        with torch.no_grad():
+            pair = model(**tokenizer(first, second, return_tensors="pt", return_token_type_ids=False))
+            alone = [
+                model(**tokenizer(text, return_tensors="pt", return_token_type_ids=False)) for text in (first, second)
+            ]
+        torch.testing.assert_close(
+            torch.tensor(together[row]), pair.last_hidden_state[0].mean(dim=0), rtol=1e-4, atol=1e-5
+        )
+        u, v = (torch.nn.functional.normalize(each.last_hidden_state[0].mean(dim=0), dim=0) for each in alone)
+        torch.testing.assert_close(torch.tensor(apart[row]), torch.cat([(u - v).abs(), u * v]), rtol=1e-4, atol=1e-5)
+
+
+def test_a_linear_model_is_scored_on_rows_it_has_not_seen(pairs_script):
+    features = torch.randn(2, 300, 8, generator=torch.Generator().manual_seed(0)).double().numpy()
+    target = features @ features[0, 0]
+    assert pairs_script.score(list(features), [list(part) for part in target]) > 99.9
+    assert pairs_script.score(list(features), [list((part > 0).astype(int)) for part in target]) > 95
+    unrelated = torch.randn(2, 300, generator=torch.Generator().manual_seed(1)).double()
+    assert abs(pairs_script.score(list(features), unrelated.tolist())) < 20
+    assert pairs_script.score(list(features), (unrelated > 0).int().tolist()) == pytest.approx(50, abs=10)
+
+
+def test_the_table_of_pairs_has_both_views(make_model, tokenizer, pairs_script, tmp_path, capsys):
+    folder = make_folder(make_model, tokenizer, ModernAlbertModel, tmp_path / "model")
+    (tmp_path / "same").mkdir()
+    for split, start in (("train", 0), ("validation", 7)):
+        rows = [{"a": TEXTS[n % 5], "b": TEXTS[(n + n % 2) % 5], "label": n % 2} for n in range(start, start + 40)]
+        (tmp_path / "same" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs_script.main(["--models", str(folder), "--pairs", f"{tmp_path / 'same'}:a:b"])
+    header, _, row = capsys.readouterr().out.splitlines()[:3]
+    assert header == "|  | same, together | same, apart |"
+    assert (
+        row.split(" | ")[0] == "| model" and float(row.split(" | ")[2].strip(" |")) == 100
+    )  # equal texts have no difference
