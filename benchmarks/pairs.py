@@ -49,12 +49,9 @@ def mean_states(
     return torch.cat(means).numpy()
 
 
-def see_together(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, first: list[str], second: list[str]):
-    """Features of pairs that the model reads as one sequence, `[pairs, hidden]`."""
-    return mean_states(model, tokenizer, first, second)
-
-
-def see_apart(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, first: list[str], second: list[str]):
+def see_apart(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, first: list[str], second: list[str]
+) -> np.ndarray:
     """Features of pairs of which the model reads each text by itself, `[pairs, 2 * hidden]`."""
     u, v = (mean_states(model, tokenizer, texts) for texts in (first, second))
     u, v = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True) for vectors in (u, v))
@@ -90,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max_rows", type=count, default=2000, help="rows of each split, drawn at random")
     args = parser.parse_args(argv)
     sets = {Path(source.rsplit(":", 2)[0]).name: read_pairs(source, args.max_rows) for source in args.pairs}
-    views = {"together": see_together, "apart": see_apart}
+    views = {"together": mean_states, "apart": see_apart}
     rows = []
     for name in args.models:
         tokenizer = load_tokenizer(name)

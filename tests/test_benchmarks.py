@@ -183,7 +183,7 @@ def test_states_of_pairs_are_means_over_their_own_tokens(make_model, tokenizer, 
     names = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "cls", "sep")}
     model = make_model(ModernAlbertModel, vocab_size=padded_vocab_size(tokenizer), mol_groups=[], **names).eval()
     firsts, seconds = TEXTS[:3], [TEXTS[3], TEXTS[4] * 2, TEXTS[5]]
-    together = pairs_script.see_together(model, tokenizer, firsts, seconds)
+    together = pairs_script.mean_states(model, tokenizer, firsts, seconds)
     apart = pairs_script.see_apart(model, tokenizer, firsts, seconds)
     for row, (first, second) in enumerate(zip(firsts, seconds, strict=True)):
         with torch.no_grad():
@@ -217,6 +217,5 @@ def test_the_table_of_pairs_has_both_views(make_model, tokenizer, pairs_script, 
     pairs_script.main(["--models", str(folder), "--pairs", f"{tmp_path / 'same'}:a:b"])
     header, _, row = capsys.readouterr().out.splitlines()[:3]
     assert header == "|  | same, together | same, apart |"
-    assert (
-        row.split(" | ")[0] == "| model" and float(row.split(" | ")[2].strip(" |")) == 100
-    )  # equal texts have no difference
+    name, _, apart = row.strip("| ").split(" | ")
+    assert name == "model" and float(apart) == 100  # equal texts have no difference
